@@ -1,0 +1,285 @@
+"""One small adapter per system, and the child process in which a system is measured.
+
+    python -m bench.peers <system> import              what importing it, and its entry point, takes
+    python -m bench.peers <system> first               a line as soon as each of 4 engines has given a result
+    python -m bench.peers <system> idle                the same, then stays until stdin ends
+    python -m bench.peers <system> rows '{"call": 200, ...}'     the timed rows, as JSON
+
+An adapter has `module` and `entry` (what a user imports), `most` (a bound on the number of tasks, so that slow
+systems end in time; rates are per task all the same) and these methods:
+
+    start(n), stop()
+    each(function)          function() on every engine, or on as many as take it
+    call()                  one synchronous no-op
+    submit(n)               n no-ops submitted one by one, gathered
+    map(n)                  the system's own map of a no-op over n items, as a user would call it
+    results(n, size)        n results of `size` bytes
+    send(array)             an array to every engine
+
+The no-op is `abs` and a result of size bytes is `bytes(size)`: built-in functions, which every system can name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import statistics
+import sys
+import time
+from typing import Any, Callable
+
+MAP_CHUNK = 1000  # for the executors, whose map needs tuning to be fast
+
+
+class IPP:
+    """ipclite and ipyparallel: one program serves both."""
+
+    entry = "Client"
+
+    def __init__(self, module: str, most: int):
+        self.module, self.most = module, most
+
+    def start(self, n: int) -> None:
+        ipp = importlib.import_module(self.module)
+        self.n = n
+        self.cluster = ipp.Cluster(n=n)
+        self.client = self.cluster.start_and_connect_sync()
+        self.view = self.client.load_balanced_view()
+
+    def stop(self) -> None:
+        self.client.close()
+        self.cluster.stop_cluster_sync()
+
+    def each(self, function: Callable[[], Any]) -> list[Any]:
+        return self.client[:].apply_sync(function)
+
+    def call(self) -> Any:
+        return self.view.apply_sync(abs, -1)
+
+    def submit(self, n: int) -> list[Any]:
+        return [result.get() for result in [self.view.apply_async(abs, i) for i in range(n)]]
+
+    def map(self, n: int) -> list[Any]:
+        return self.view.map_sync(abs, range(n))
+
+    def results(self, n: int, size: int) -> list[Any]:
+        return [result.get() for result in [self.view.apply_async(bytes, size) for _ in range(n)]]
+
+    def send(self, array: Any) -> None:
+        self.client[:].push({"array": array}, block=True)
+
+
+class Executor:
+    """ProcessPoolExecutor and loky: the interface of `concurrent.futures`."""
+
+    most = 10**9
+
+    def __init__(self, module: str, entry: str):
+        self.module, self.entry = module, entry
+
+    def start(self, n: int) -> None:
+        self.n = n
+        self.pool = getattr(importlib.import_module(self.module), self.entry)(n)
+
+    def stop(self) -> None:
+        self.pool.shutdown(wait=True)
+
+    def each(self, function: Callable[[], Any]) -> list[Any]:
+        return [future.result() for future in [self.pool.submit(function) for _ in range(self.n)]]
+
+    def call(self) -> Any:
+        return self.pool.submit(abs, -1).result()
+
+    def submit(self, n: int) -> list[Any]:
+        return [future.result() for future in [self.pool.submit(abs, i) for i in range(n)]]
+
+    def map(self, n: int) -> list[Any]:
+        return list(self.pool.map(abs, range(n), chunksize=MAP_CHUNK))
+
+    def results(self, n: int, size: int) -> list[Any]:
+        return [future.result() for future in [self.pool.submit(bytes, size) for _ in range(n)]]
+
+    def send(self, array: Any) -> None:
+        for future in [self.pool.submit(len, array) for _ in range(self.n)]:
+            future.result()
+
+
+class Raw:
+    """`bench.raw`: pyzmq with nothing around it."""
+
+    module, entry, most = "zmq", "Context", 10**9
+
+    def start(self, n: int) -> None:
+        from . import raw
+
+        self.n = n
+        self.pipeline = raw.Pipeline(n)
+
+    def stop(self) -> None:
+        self.pipeline.close()
+
+    def each(self, function: Callable[[], Any]) -> list[Any]:
+        return self.pipeline.run(function, [()] * self.n, batch=1)
+
+    def call(self) -> Any:
+        return self.pipeline.run(abs, [(-1,)])[0]
+
+    def submit(self, n: int) -> list[Any]:
+        return self.pipeline.run(abs, ((i,) for i in range(n)))
+
+    map = submit
+
+    def results(self, n: int, size: int) -> list[Any]:
+        return self.pipeline.run(bytes, [(size,)] * n, batch=1)
+
+    def send(self, array: Any) -> None:
+        self.pipeline.run(len, [(array,)] * self.n, batch=1)
+
+
+class Dask:
+    module, entry, most = "distributed", "Client", 1000
+
+    def start(self, n: int) -> None:
+        from distributed import Client
+
+        self.client = Client(n_workers=n, threads_per_worker=1, dashboard_address=None)
+
+    def stop(self) -> None:
+        self.client.shutdown()
+
+    def each(self, function: Callable[[], Any]) -> list[Any]:
+        return list(self.client.run(function).values())
+
+    def call(self) -> Any:
+        return self.client.submit(abs, -1, pure=False).result()
+
+    def submit(self, n: int) -> list[Any]:
+        return self.client.gather([self.client.submit(abs, i, pure=False) for i in range(n)])
+
+    def map(self, n: int) -> list[Any]:
+        return self.client.gather(self.client.map(abs, range(n), pure=False))
+
+    def results(self, n: int, size: int) -> list[Any]:
+        return self.client.gather([self.client.submit(bytes, size, pure=False) for _ in range(n)])
+
+    def send(self, array: Any) -> None:
+        self.client.scatter(array, broadcast=True, hash=False)
+
+
+class Ray:
+    module, entry, most = "ray", "init", 2000
+
+    def start(self, n: int) -> None:
+        import ray
+
+        self.n, self.ray = n, ray
+        ray.init(num_cpus=n, include_dashboard=False, log_to_driver=False, logging_level="error")
+        self._remote = ray.remote(lambda function, *args: function(*args)).remote
+
+    def stop(self) -> None:
+        self.ray.shutdown()
+
+    def each(self, function: Callable[[], Any]) -> list[Any]:
+        return self.ray.get([self._remote(function) for _ in range(self.n)])
+
+    def call(self) -> Any:
+        return self.ray.get(self._remote(abs, -1))
+
+    def submit(self, n: int) -> list[Any]:
+        return self.ray.get([self._remote(abs, i) for i in range(n)])
+
+    map = submit
+
+    def results(self, n: int, size: int) -> list[Any]:
+        return self.ray.get([self._remote(bytes, size) for _ in range(n)])
+
+    def send(self, array: Any) -> None:
+        shared = self.ray.put(array)
+        self.ray.get([self._remote(len, shared) for _ in range(self.n)])
+
+
+SYSTEMS = {
+    "ipclite": IPP("ipclite", most=10**9),
+    "raw pyzmq": Raw(),
+    "ProcessPool": Executor("concurrent.futures", "ProcessPoolExecutor"),
+    "ipyparallel": IPP("ipyparallel", most=1000),
+    "dask": Dask(),
+    "ray": Ray(),
+    "loky": Executor("loky", "get_reusable_executor"),
+}
+CORE, PEERS = list(SYSTEMS)[:3], list(SYSTEMS)[3:]
+
+
+def _timed(function: Callable[..., Any], *args: Any) -> float:
+    start = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - start
+
+
+def _calls(system: Any, times: int) -> float:
+    return statistics.median([_timed(system.call) for _ in range(times)])
+
+
+def _rate(run: Callable[[int], list[Any]], n: int) -> float:
+    seconds = _timed(lambda: _check(run(n), n))
+    return n / seconds
+
+
+def _check(results: list[Any], n: int) -> None:
+    if len(results) != n:
+        raise RuntimeError(f"{len(results)} results of {n}")
+
+
+def _send(system: Any, size: int) -> float:
+    try:
+        import numpy
+
+        array = numpy.ones(size, dtype="u1")
+    except ImportError:
+        array = bytearray(size)
+    return _timed(system.send, array)
+
+
+MIB = 1 << 20
+# What a row measures, given the system and the row's number: round trips, tasks, items, results, bytes.
+ROWS: dict[str, Callable[[Any, int], float]] = {
+    "call": lambda system, n: _calls(system, min(n, system.most)) * 1e3,
+    "submit": lambda system, n: _rate(system.submit, min(n, system.most)),
+    "map": lambda system, n: _rate(system.map, min(n, system.most)),
+    "results": lambda system, n: n / _timed(system.results, n, MIB),
+    "send": lambda system, size: _send(system, size) * 1e3,
+}
+
+
+def _import(system: Any) -> dict[str, float]:
+    before = len(sys.modules)
+    first = _timed(importlib.import_module, system.module)
+    modules = len(sys.modules) - before
+    second = _timed(getattr, sys.modules[system.module], system.entry)  # many packages load their parts when asked
+    return {"import": first * 1e3, "modules": modules,
+            "entry": (first + second) * 1e3, "entry_modules": len(sys.modules) - before}
+
+
+def main(name: str, mode: str, sizes: str = "{}") -> None:
+    """Measure one system; see the head of this file."""
+    system = SYSTEMS[name]
+    if mode == "import":
+        print(json.dumps(_import(system)))
+        return
+    system.start(2 if mode == "rows" else 4)
+    try:
+        if mode == "rows":
+            system.submit(100)  # connections, caches and lazily started workers are part of the first result
+            print(json.dumps({row: ROWS[row](system, n) for row, n in json.loads(sizes).items()}), flush=True)
+        else:
+            system.each(os.getpid)
+            print("ready", flush=True)
+        if mode == "idle":
+            sys.stdin.read()
+    finally:
+        system.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,47 @@
+"""ipclite: interactive parallel computing on clusters, in a package small enough to read in an afternoon.
+
+    import ipclite as ipp
+
+    with ipp.Cluster(n=4) as rc:
+        print(rc.load_balanced_view().map_sync(pow, range(10), range(10)))
+
+One controller, many engines, any number of clients. Names are looked up in their module on first use, because
+every engine, controller and launcher imports this file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "client": ("Client",),
+    "cluster": ("Cluster", "ClusterManager"),
+    "views": ("DirectView", "LoadBalancedView", "View"),
+    "results": ("AsyncMapResult", "AsyncResult", "ExecuteReply"),
+    "errors": (
+        "AlreadyDisplayedError", "AlreadyRunning", "AlreadyStopped", "CompositeError", "ConfigError", "ConnectError",
+        "ConnectionFileError", "ControllerLost", "DependencyTimeout", "EngineError", "IPythonError",
+        "ImpossibleDependency", "InvalidDependency", "KernelError", "LauncherError", "NoCluster",
+        "NoEnginesRegistered", "PackError", "ProtocolError", "RemoteError", "TaskAborted", "TaskRejectError",
+        "TaskTimeout", "TimeoutError", "UnmetDependency", "UnpackError", "UserError",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        from importlib import import_module
+
+        value = getattr(import_module("." + _MODULE_OF[name], __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

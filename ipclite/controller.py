@@ -1,0 +1,638 @@
+"""The controller: one process, one thread, one loop.
+
+    clients ══ HELLO FUNCTION TASKS ABORT QUERY ══►            ◄══ HELLO RESULTS OUTPUT RETURNED ══ engines
+                                                   Controller
+    clients ◄═ WELCOME RESULTS OUTPUT ENGINES PING ══          ══ FUNCTION TASKS FORGET ══► engines
+                                                       │       ══ CONTROL PING ══► agents ══ EXITED PONG ══►
+                                              events ──▼──▲── effects
+                                                   Scheduler
+
+Messages become scheduler events; the effects that it returns become messages. Rules that hold here: payloads are
+forwarded, never looked into; nothing is unpickled; nothing blocks; a peer that has not said HELLO with its role's
+token gets no answer and changes nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+from . import __version__, config, net, wire
+from .errors import AlreadyRunning, ConnectionFileError, ProtocolError
+from .scheduler import (Abort, Accept, EngineDown, EngineUp, Fail, Finished, Recall, Returned, Run, Scheduler, Spec, Submit,
+                        Task, Tick)
+
+DRAIN = 64  # messages taken from one socket before the others get their turn
+MISSED_PINGS = 3  # an agent that misses so many is gone
+LINGER_MS = 500
+SPECS_KEPT = 4096
+NO_ENGINE = 0xFFFFFFFF  # engine id in a result that the controller made itself
+
+
+class Peer:
+    """Someone who said HELLO: where to send, and who it is."""
+
+    __slots__ = ("sock", "route", "kind", "name")
+
+    def __init__(self, sock: Any, route: bytes, kind: str, name: str):
+        self.sock, self.route, self.kind, self.name = sock, route, kind, name
+
+
+class ClientPeer(Peer):
+    """`live` counts its unfinished tasks; they run on when it leaves, and keep `functions` alive."""
+
+    __slots__ = ("session", "live", "functions", "gone")
+
+    def __init__(self, sock: Any, route: bytes, name: str, session: bytes):
+        super().__init__(sock, route, "client", name)
+        self.session, self.live, self.gone = session, 0, False
+        self.functions: dict[str, list[Any]] = {}
+
+
+class EnginePeer(Peer):
+    __slots__ = ("id", "uuid", "agent", "info", "known")
+
+    def __init__(self, sock: Any, route: bytes, id: int, body: dict[str, Any]):
+        super().__init__(sock, route, "engine", f"engine {id}")
+        self.id, self.uuid, self.agent = id, body["uuid"], body["agent"]
+        self.info = {"id": id, **{k: body.get(k) for k in ("uuid", "host", "pid", "agent")}}
+        self.known: set[tuple[bytes, str]] = set()  # functions that it holds
+
+
+class AgentPeer(Peer):
+    __slots__ = ("uuid", "seen")
+
+    def __init__(self, sock: Any, route: bytes, uuid: str, host: str, seen: float):
+        super().__init__(sock, route, "agent", f"agent {uuid[:8]} on {host}")
+        self.uuid, self.seen = uuid, seen
+
+
+class Controller:
+    """Sockets, peers, and the loop between them and the scheduler.
+
+    Args:
+        options: what `config.parse("controller", ...)` returned.
+        log: where to tell what happens.
+    """
+
+    def __init__(self, options: dict[str, Any], log: Any):
+        self.options, self.log = options, log
+        self.ping_s: float = options["HeartMonitor.period"] / 1000
+        self.run_id = secrets.token_hex(8)
+        self.max_task_bytes = config.memory_limit() // 2
+        self.clients: dict[bytes, ClientPeer] = {}  # by session
+        self.engines: dict[int, EnginePeer] = {}
+        self.agents: dict[str, AgentPeer] = {}
+        self._silent_agents: dict[str, float] = {}  # agents whose engines came before they did: since when
+        self._peers: dict[tuple[Any, bytes], Peer] = {}
+        self._ids: dict[str, int] = {}  # engine uuid -> id, also of engines that have left
+        self._specs: dict[bytes, Spec] = {}
+        self.scheduler = Scheduler(crash_limit=options["TaskScheduler.crash_limit"], hwm=options["TaskScheduler.hwm"])
+        self._context: Any = None
+        self._ports: Any = None
+        self._tokens: dict[str, str] = {}
+        self._files: list[Path] = []
+        self._sockets_dir: Optional[Path] = None
+        self.end: Optional[str] = None
+        self._complained = 0.0
+        self._handlers: dict[tuple[str, bytes], Callable[[Any, list[Any]], None]] = {
+            ("client", wire.TASKS): self._on_tasks, ("client", wire.FUNCTION): self._on_function,
+            ("client", wire.FORGET): self._on_forget, ("client", wire.ABORT): self._on_abort,
+            ("client", wire.QUERY): self._on_query, ("client", wire.BYE): self._on_client_bye,
+            ("engine", wire.RESULTS): self._on_results, ("engine", wire.OUTPUT): self._on_output,
+            ("engine", wire.RETURNED): self._on_returned, ("engine", wire.BYE): self._on_engine_bye,
+            ("agent", wire.PONG): self._on_pong, ("agent", wire.EXITED): self._on_exited,
+            ("agent", wire.BYE): self._on_agent_bye,
+        }
+        self._queries: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "queue_status": self._query_queue_status, "shutdown": self._query_shutdown, "signal": self._query_signal,
+        }
+
+    # --- starting and stopping
+
+    def open(self, profile_dir: Path) -> None:
+        """Listen, and write the two connection files below `profile_dir`.
+
+        Raises:
+            AlreadyRunning: a live controller owns the files.
+            UserError: an address, port, directory or file can't be used.
+        """
+        cluster_id = self.options["Application.cluster_id"]
+        paths = {role: config.connection_file(profile_dir, cluster_id, role) for role in ("client", "engine")}
+        before = {role: self._previous(path) for role, path in paths.items()}
+        reuse = self.options["IPController.reuse_files"]
+        old = before if reuse and all(before.values()) else {}
+        keys = {role: net.KeyPair(old[role]["public_key"], old[role]["secret_key"]) if old else net.make_keys()
+                for role in paths}
+        server = net.KeyPair(old["client"]["server_key"], old["client"]["server_secret"]) if old else net.make_keys()
+        self._tokens = {role: net.token(pair.secret) for role, pair in keys.items()}
+        self._admitted = {role: pair.public for role, pair in keys.items()}
+        self._context = net.Context()
+        self._context.set(net.zmq.MAX_SOCKETS, 65535)
+        self._ports = net.Ports(self._context, server, self.max_task_bytes)
+        transport, ip = self.options["IPController.transport"], self.options["IPController.ip"]
+        ipc, urls = {"client": "", "engine": ""}, {"client": "", "engine": ""}
+        if transport != "tcp":
+            self._sockets_dir = config.runtime_dir() / self.run_id
+            self._sockets_dir.mkdir(mode=0o700)
+            for role in paths:
+                ipc[role] = str(self._sockets_dir / role)
+                self._ports.listen_ipc(role, ipc[role])
+        if transport != "ipc":
+            host = net.public_host(ip, self.options["IPController.location"])
+            chosen = iter(self.options["IPController.ports"])
+            for role in paths:
+                if old and old[role]["url"]:
+                    candidates: Any = [int(old[role]["url"].rpartition(":")[2])]
+                else:
+                    candidates = chosen if self.options["IPController.ports"] else [0]
+                port = self._ports.listen_tcp(role, ip, candidates)
+                urls[role] = f"tcp://{host}:{port}"
+                self.log.info("listening for %ss on tcp://%s:%d", role, ip, port)
+        for role, path in paths.items():
+            info = {"program": config.PROGRAM, "role": role, "url": urls[role], "ipc": ipc[role], "ssh": "",
+                    "location": self.options["IPController.location"] or socket.gethostname(),
+                    "public_key": keys[role].public, "secret_key": keys[role].secret,
+                    "server_key": server.public if net.has_curve() else "", "cluster_id": cluster_id,
+                    "run_id": self.run_id, "protocol": wire.VERSION, "version": __version__, "pid": os.getpid(),
+                    "pid_start": config.process_start(os.getpid()), "host": socket.gethostname(), "started": time.time(),
+                    "reuse": reuse}
+            if reuse and role == "client":
+                info["server_secret"] = server.secret
+            config.write_json(path, info)
+            self._files.append(path)
+            self.log.info("wrote connection file %s", path)
+
+    def _previous(self, path: Path) -> Optional[dict[str, Any]]:
+        try:
+            info = config.read_connection(path)
+        except ConnectionFileError:
+            return None
+        if info["host"] == socket.gethostname() and not config.dead_run(info):
+            raise AlreadyRunning(f"a controller (pid {info['pid']}) already serves {path}; stop it, or give this one another "
+                                 "--cluster-id")
+        return info
+
+    def close(self) -> None:
+        """Say goodbye, close the sockets, remove what was written."""
+        reason = wire.encode_json(wire.BYE, {"reason": self.end or "it stopped"})
+        for peer in list(self._peers.values()):
+            if peer.kind != "engine":
+                self._send(peer, reason)
+        if self._ports is not None:
+            self._ports.close(LINGER_MS)
+            self._context.term()
+        if not self.options["IPController.reuse_files"]:
+            for path in self._files:
+                path.unlink(missing_ok=True)
+        if self._sockets_dir is not None:
+            for name in ("client", "engine"):
+                (self._sockets_dir / name).unlink(missing_ok=True)
+            self._sockets_dir.rmdir()
+
+    def stop(self, reason: str) -> None:
+        """Leave the loop soon."""
+        self.end = self.end or reason
+
+    # --- the loop
+
+    def run(self) -> None:
+        """Serve until stopped."""
+        poller = net.Poller()
+        for sock in [*self._ports.role_of, self._ports.gate]:
+            poller.register(sock, net.POLLIN)
+        wake_r, wake_w = os.pipe()
+        os.set_blocking(wake_w, False)
+        signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
+        poller.register(wake_r, net.POLLIN)
+        next_ping = time.monotonic()
+        try:
+            while self.end is None:
+                now = time.monotonic()
+                if now >= next_ping:
+                    self._beat(now)
+                    next_ping = now + self.ping_s
+                due = self.scheduler.next_deadline()
+                if due is not None and due <= now:
+                    self._carry_out(self.scheduler.handle(Tick(), now))
+                    due = self.scheduler.next_deadline()
+                wait_s = max(0.0, min(next_ping, due if due is not None else next_ping) - time.monotonic())
+                for sock, _ in poller.poll(int(wait_s * 1000) + 1):
+                    if sock is self._ports.gate:
+                        self._ports.gatekeep(self._admitted)
+                    elif sock == wake_r:
+                        os.read(wake_r, 4096)
+                    else:
+                        self._drain(sock)
+        finally:
+            signal.set_wakeup_fd(-1)
+            os.close(wake_r)
+            os.close(wake_w)
+
+    def _beat(self, now: float) -> None:
+        parent = self.options["IPController.parent"]
+        if parent and os.getppid() != parent:
+            self.stop(f"its owner (pid {parent}) is gone")
+        for peer in list(self._peers.values()):
+            if peer.kind != "engine":
+                self._send(peer, [wire.PING])
+        limit = MISSED_PINGS * self.ping_s
+        for agent in list(self.agents.values()):
+            if now - agent.seen > limit:
+                self._drop_agent(agent, f"its host did not answer for {now - agent.seen:.0f} s")
+        for uuid, since in list(self._silent_agents.items()):
+            if now - since > limit:
+                del self._silent_agents[uuid]
+                self._drop_engines_of(uuid, "its agent never said hello")
+
+    def _drain(self, sock: Any) -> None:
+        for _ in range(DRAIN):
+            try:
+                frames = net.recv(sock)
+            except net.Again:
+                return
+            route = bytes(frames[0])
+            peer = self._peers.get((sock, route))
+            try:
+                if len(frames) < 2 or bytes(frames[1]) not in wire.KINDS:
+                    raise ProtocolError("not a message of this protocol")
+                kind = bytes(frames[1])
+                if kind == wire.HELLO:
+                    self._on_hello(sock, route, wire.decode_dict(frames[1:]))
+                elif peer is None:
+                    if kind == wire.PONG:  # an agent that we gave up on has thawed: it must introduce itself again
+                        self._refuse(sock, route, "you were taken for dead")
+                    continue
+                else:
+                    handler = self._handlers.get((peer.kind, kind))
+                    if handler is None:
+                        raise ProtocolError(f"a {peer.kind} does not send {kind!r}")
+                    handler(peer, frames[1:])
+            except ProtocolError as e:
+                self._complain(peer, sock, route, e)
+
+    def _complain(self, peer: Optional[Peer], sock: Any, route: bytes, error: ProtocolError) -> None:
+        now = time.monotonic()
+        if now - self._complained > 1.0:  # a flood of garbage must not become a flood of log lines
+            self._complained = now
+            self.log.warning("dropped a malformed message from %s: %s", peer.name if peer else "a stranger", error)
+        if peer is not None and peer.kind == "client":
+            self._refuse(sock, route, f"malformed message: {error}")
+
+    def _refuse(self, sock: Any, route: bytes, reason: str) -> None:
+        self._send(Peer(sock, route, "stranger", "a stranger"), wire.encode_json(wire.REFUSED, {"reason": reason}))
+
+    def _send(self, peer: Peer, frames: list[Any]) -> None:
+        try:
+            net.send(peer.sock, [peer.route, *frames])
+        except net.NetError as e:
+            if e.errno != errno.EHOSTUNREACH:
+                raise
+            self._on_unreachable(peer)
+
+    # --- who comes and goes
+
+    def _on_hello(self, sock: Any, route: bytes, body: dict[str, Any]) -> None:
+        role = self._ports.role_of[sock]
+        kind = body.get("role")
+        if kind not in ("client", "engine", "agent") or (kind == "client") != (role == "client"):
+            return self._refuse(sock, route, f"this port is for {role}s")
+        if not secrets.compare_digest(str(body.get("token")).encode(), self._tokens[role].encode()):
+            self.log.warning("refused a %s with a wrong key", kind)
+            return self._refuse(sock, route, "your connection file is of another cluster, run or role")
+        if body.get("protocol") != wire.VERSION:
+            return self._refuse(sock, route, f"protocol version {body.get('protocol')} (yours) is not {wire.VERSION} (ours): "
+                                             f"install ipclite {__version__} there")
+        {"client": self._hello_client, "engine": self._hello_engine, "agent": self._hello_agent}[kind](sock, route, body)
+
+    def _welcome(self, peer: Peer, **more: Any) -> None:
+        self._peers[peer.sock, peer.route] = peer
+        self._send(peer, wire.encode_json(wire.WELCOME, {
+            "run_id": self.run_id, "cluster_id": self.options["Application.cluster_id"], "version": __version__, "ping_s": self.ping_s,
+            "silence_s": MISSED_PINGS * self.ping_s, "max_task_bytes": self.max_task_bytes, "pid": os.getpid(),
+            "host": socket.gethostname(), **more}))
+
+    def _hello_client(self, sock: Any, route: bytes, body: dict[str, Any]) -> None:
+        try:
+            session = bytes.fromhex(body["session"])
+        except (KeyError, TypeError, ValueError):
+            session = b""
+        if len(session) != wire.SESSION_SIZE or session in self.clients:
+            return self._refuse(sock, route, "the session is malformed or taken")
+        peer = ClientPeer(sock, route, f"client {body.get('pid')} on {body.get('host')}", session)
+        self.clients[session] = peer
+        self._welcome(peer, engines=[e.info for e in self.engines.values()])
+        self.log.info("%s connected", peer.name)
+
+    def _hello_engine(self, sock: Any, route: bytes, body: dict[str, Any]) -> None:
+        for field in ("uuid", "agent", "host"):
+            if not isinstance(body.get(field), str):
+                return self._refuse(sock, route, f"no {field} given")
+        uuid, wanted = body["uuid"], body.get("id")
+        known = self._ids.get(uuid)
+        if known in self.engines:
+            self._drop_engine(self.engines[known], "it lost its connection and came back", None, False)
+        id = known
+        if id is None:
+            id = wanted if type(wanted) is int and 0 <= wanted < NO_ENGINE and wanted not in self.engines else len(self._ids)
+            while id in self.engines or (id != wanted and id in self._ids.values()):
+                id += 1
+        self._ids[uuid] = id
+        engine = EnginePeer(sock, route, id, body)
+        self.engines[id] = engine
+        if engine.agent not in self.agents:
+            self._silent_agents.setdefault(engine.agent, time.monotonic())
+        self._welcome(engine, id=id)
+        self.log.info("engine %d connected (pid %s on %s)", id, body.get("pid"), body["host"])
+        self._tell_clients({"joined": [engine.info]})
+        self._carry_out(self.scheduler.handle(EngineUp(id), time.monotonic()))
+
+    def _hello_agent(self, sock: Any, route: bytes, body: dict[str, Any]) -> None:
+        uuid = str(body.get("uuid"))
+        if uuid in self.agents:
+            self._peers.pop((self.agents[uuid].sock, self.agents[uuid].route), None)
+        self._silent_agents.pop(uuid, None)
+        agent = self.agents[uuid] = AgentPeer(sock, route, uuid, str(body.get("host")), time.monotonic())
+        self._welcome(agent)
+        self.log.info("%s connected", agent.name)
+
+    def _on_pong(self, agent: AgentPeer, frames: list[Any]) -> None:
+        agent.seen = time.monotonic()
+
+    def _on_exited(self, agent: AgentPeer, frames: list[Any]) -> None:
+        body = wire.decode_dict(frames)
+        id = self._ids.get(str(body.get("uuid")))
+        engine = self.engines.get(id) if id is not None else None
+        if engine is None or engine.agent != agent.uuid:
+            return
+        running = body.get("running")
+        try:
+            key = (bytes.fromhex(running[0]), int(running[1])) if running else None
+        except (TypeError, ValueError, IndexError):
+            raise ProtocolError("'running' is not a task") from None
+        self._drop_engine(engine, str(body.get("cause")), key, bool(body.get("crashed")))
+
+    def _on_agent_bye(self, agent: AgentPeer, frames: list[Any]) -> None:
+        self._drop_agent(agent, str(wire.decode_dict(frames).get("reason", "its agent stopped")))
+
+    def _on_engine_bye(self, engine: EnginePeer, frames: list[Any]) -> None:
+        self._drop_engine(engine, str(wire.decode_dict(frames).get("reason", "it stopped")), None, False)
+
+    def _on_client_bye(self, client: ClientPeer, frames: list[Any]) -> None:
+        self._drop_client(client, "closed")
+
+    def _on_unreachable(self, peer: Peer) -> None:
+        if self._peers.get((peer.sock, peer.route)) is not peer:
+            return
+        if isinstance(peer, ClientPeer):
+            self._drop_client(peer, "lost")
+        elif isinstance(peer, AgentPeer):
+            self._drop_agent(peer, "its host closed the connection")
+        elif isinstance(peer, EnginePeer):
+            self._drop_engine(peer, "it closed its connection", "unknown", False)
+
+    def _drop_client(self, client: ClientPeer, how: str) -> None:
+        self._peers.pop((client.sock, client.route), None)
+        client.gone = True
+        self.log.info("%s %s; %d of its tasks are unfinished", client.name, how, client.live)
+        self._settle(client, 0)
+
+    def _drop_agent(self, agent: AgentPeer, reason: str) -> None:
+        self._peers.pop((agent.sock, agent.route), None)
+        if self.agents.get(agent.uuid) is agent:
+            del self.agents[agent.uuid]
+            self.log.warning("%s is gone: %s", agent.name, reason)
+            self._drop_engines_of(agent.uuid, reason)
+
+    def _drop_engines_of(self, agent_uuid: str, reason: str) -> None:
+        for engine in [e for e in self.engines.values() if e.agent == agent_uuid]:
+            self._drop_engine(engine, reason, "unknown", False)
+
+    def _drop_engine(self, engine: EnginePeer, reason: str, running: Any, crashed: bool) -> None:
+        self._peers.pop((engine.sock, engine.route), None)
+        if self.engines.get(engine.id) is not engine:
+            return
+        del self.engines[engine.id]
+        self.log.warning("engine %d (pid %s on %s) is gone: %s", engine.id, engine.info["pid"], engine.info["host"], reason)
+        self._tell_clients({"left": {str(engine.id): reason}})
+        reason = f"engine {engine.id} on {engine.info['host']} is gone: {reason}"
+        self._carry_out(self.scheduler.handle(EngineDown(engine.id, reason, running, crashed), time.monotonic()))
+
+    def _tell_clients(self, news: dict[str, Any]) -> None:
+        message = wire.encode_json(wire.ENGINES, news)
+        for client in list(self.clients.values()):
+            if not client.gone:
+                self._send(client, message)
+
+    # --- what clients send
+
+    def _spec(self, raw: bytes) -> Spec:
+        spec = self._specs.get(raw)
+        if spec is None:
+            if len(self._specs) >= SPECS_KEPT:
+                self._specs.clear()
+            spec = self._specs[raw] = Spec.from_json(raw)
+        return spec
+
+    def _on_tasks(self, client: ClientPeer, frames: list[Any]) -> None:
+        tasks: list[Task] = []
+        for raw, session, batch in wire.decode_tasks(frames):
+            if session != client.session:
+                raise ProtocolError("tasks of another client's session")
+            spec = self._spec(raw)
+            for seq, fan_out, payload in batch:
+                if fan_out <= 1:
+                    tasks.append(Task((session, seq), spec, payload))
+                    continue
+                if spec.targets is None or len(spec.targets) != fan_out:
+                    raise ProtocolError("a task for several engines does not name them")
+                for i, one in enumerate(self._fan(spec)):
+                    tasks.append(Task((session, seq + i), one, payload))
+        client.live += len(tasks)
+        self._carry_out(self.scheduler.handle(Submit(tasks), time.monotonic()))
+
+    def _fan(self, spec: Spec) -> list[Spec]:
+        """One spec per target of `spec`, cached like every other."""
+        whole = json.loads(spec.raw)
+        return [self._spec(json.dumps({**whole, "targets": [t]}).encode()) for t in spec.targets or ()]
+
+    def _on_function(self, client: ClientPeer, frames: list[Any]) -> None:
+        if len(frames) < 3:
+            raise ProtocolError("a function without its bytes")
+        client.functions[bytes(frames[1]).hex()] = frames[2:]
+
+    def _on_forget(self, client: ClientPeer, frames: list[Any]) -> None:
+        for digest in frames[1:]:
+            self._forget(client, bytes(digest).hex())
+
+    def _forget(self, client: ClientPeer, digest: str) -> None:
+        client.functions.pop(digest, None)
+        for engine in list(self.engines.values()):
+            if (client.session, digest) in engine.known:
+                engine.known.discard((client.session, digest))
+                self._send(engine, [wire.FORGET, client.session + bytes.fromhex(digest)])
+
+    def _settle(self, client: ClientPeer, finished: int) -> None:
+        """Count finished tasks; a client that left is forgotten with its last one."""
+        client.live -= finished
+        if client.gone and client.live <= 0:
+            self.clients.pop(client.session, None)
+            for digest in list(client.functions):
+                self._forget(client, digest)
+
+    def _on_abort(self, client: ClientPeer, frames: list[Any]) -> None:
+        session, ids = wire.decode_ids(frames)
+        if session != client.session:
+            raise ProtocolError("tasks of another client's session")
+        self._carry_out(self.scheduler.handle(Abort(session, [seq for seq, _ in ids]), time.monotonic()))
+
+    def _on_query(self, client: ClientPeer, frames: list[Any]) -> None:
+        body = wire.decode_dict(frames)
+        reply: dict[str, Any] = {"id": body.get("id")}
+        query = self._queries.get(str(body.get("what")))
+        try:
+            reply["value"] = query(body) if query else None
+            if query is None:
+                reply["error"] = f"the controller does not know the query {body.get('what')!r}"
+        except (KeyError, TypeError, ValueError) as e:
+            reply["error"] = f"the query {body.get('what')!r} is malformed: {e}"
+        self._send(client, wire.encode_json(wire.REPLY, reply))
+
+    def _targets(self, body: dict[str, Any]) -> list[EnginePeer]:
+        wanted = body["targets"]
+        return list(self.engines.values()) if wanted is None else [self.engines[t] for t in wanted if t in self.engines]
+
+    def _query_queue_status(self, body: dict[str, Any]) -> Any:
+        return self.scheduler.queue_status([e.id for e in self._targets(body)])
+
+    def _query_shutdown(self, body: dict[str, Any]) -> Any:
+        if body["hub"]:
+            self.stop("a client shut it down")
+        else:
+            self._control(self._targets(body), {"op": "stop"})
+
+    def _query_signal(self, body: dict[str, Any]) -> Any:
+        self._control(self._targets(body), {"op": "signal", "signum": int(body["signum"])})
+
+    def _control(self, engines: list[EnginePeer], order: dict[str, Any]) -> None:
+        for engine in engines:
+            agent = self.agents.get(engine.agent)
+            if agent is not None:
+                self._send(agent, wire.encode_json(wire.CONTROL, {**order, "uuid": engine.uuid}))
+
+    # --- what engines send
+
+    def _on_results(self, engine: EnginePeer, frames: list[Any]) -> None:
+        for session, engine_id, records, section in wire.result_sections(frames):
+            if engine_id != engine.id:
+                raise ProtocolError("results of another engine")
+            effects = self.scheduler.handle(Finished(engine_id, session, records), time.monotonic())
+            self._carry_out(effects, (records, section))
+
+    def _on_output(self, engine: EnginePeer, frames: list[Any]) -> None:
+        session, engine_id, _ = wire.decode_output(frames)
+        client = self.clients.get(session)
+        if engine_id != engine.id:
+            raise ProtocolError("output of another engine")
+        if client is not None and not client.gone:
+            self._send(client, frames)
+
+    def _on_returned(self, engine: EnginePeer, frames: list[Any]) -> None:
+        session, ids = wire.decode_ids(frames)
+        self._carry_out(self.scheduler.handle(Returned(engine.id, session, ids), time.monotonic()))
+
+    # --- what the scheduler wants
+
+    def _carry_out(self, effects: list[Any], arrived: Optional[tuple[Any, Any]] = None) -> None:
+        for effect in effects:
+            if type(effect) is Run:
+                self._run_on(effect)
+            elif type(effect) is Accept:
+                self._deliver(effect, *arrived)  # type: ignore[misc]
+            elif type(effect) is Fail:
+                self._fail(effect)
+            elif type(effect) is Recall:
+                self._recall(effect)
+
+    def _run_on(self, effect: Run) -> None:
+        engine = self.engines[effect.engine_id]
+        message: list[Any] = [wire.TASKS]
+        section: list[Any] = []
+        spec: Any = None
+        session = b""
+        for task in effect.tasks:
+            if task.spec is not spec or task.key[0] != session:
+                if section:
+                    message += wire.encode_tasks(spec.raw, session, section)
+                    section = []
+                spec, session = task.spec, task.key[0]
+                if spec.fn and (session, spec.fn) not in engine.known:
+                    function = self.clients[session].functions.get(spec.fn)
+                    if function is not None:
+                        engine.known.add((session, spec.fn))
+                        self._send(engine, [wire.FUNCTION, session + bytes.fromhex(spec.fn), *function])
+            section.append((task.key[1], task.attempt, task.payload))
+        message += wire.encode_tasks(spec.raw, session, section)
+        self._send(engine, message)
+
+    def _deliver(self, effect: Accept, records: list[Any], section: list[Any]) -> None:
+        client = self.clients.get(effect.session)
+        if client is None:
+            return
+        if not client.gone:
+            if effect.positions is not None:
+                results = list(wire.section_results(records, section))
+                section = wire.encode_results(effect.session, effect.engine_id, [results[i] for i in effect.positions])
+            self._send(client, [wire.RESULTS, *section])
+        self._settle(client, len(records) if effect.positions is None else len(effect.positions))
+
+    def _fail(self, effect: Fail) -> None:
+        session, seq = effect.task.key
+        client = self.clients.get(session)
+        if client is None:
+            return
+        if not client.gone:
+            payload = wire.encode_error({"ename": effect.ename, "evalue": effect.message, "own": True})
+            result = wire.Result(seq, time.time(), 0.0, effect.task.attempt, wire.ERROR, payload)
+            self._send(client, [wire.RESULTS, *wire.encode_results(session, NO_ENGINE, [result])])
+        self._settle(client, 1)
+
+    def _recall(self, effect: Recall) -> None:
+        engine = self.engines[effect.engine_id]
+        self._control([engine], {"op": "recall", "tasks": [[session.hex(), seq] for session, seq in effect.keys]})
+
+
+def serve(argv: list[str]) -> int:
+    """Run a controller until it is stopped. Returns the exit code."""
+    settings = config.parse("controller", argv)
+    log = config.setup_logging("ipcontroller", settings["Application.log_level"], settings.log_file)
+    if settings["Application.work_dir"]:
+        config.enter_work_dir(settings["Application.work_dir"])
+    controller = Controller(settings, log)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, lambda n, _: controller.stop(f"it got {signal.Signals(n).name}"))
+    try:
+        controller.open(settings.profile_dir)
+        log.info("controller started (pid %d, run %s)", os.getpid(), controller.run_id)
+        controller.run()
+        log.info("controller stopped: %s", controller.end)
+    finally:
+        controller.close()
+    return 0
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    """`ipcontroller`: the command line."""
+    return config.run_main("ipcontroller", serve, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

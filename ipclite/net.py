@@ -1,0 +1,351 @@
+"""Sockets, keys, addresses: the only file that imports zmq.
+
+    Link      one outgoing connection (client, engine, agent): DEALER plus the monitor that sees it break
+    Ports     the controller's listening sockets: for each role an ipc one, a TCP one, or both
+    gatekeep  answers libzmq's question "may this key come in?" (ZAP, https://rfc.zeromq.org/spec/27/)
+
+Rules that hold here: TCP is always CURVE (https://rfc.zeromq.org/spec/25/), with one key pair per role, so that a port
+admits its role alone; ipc sockets lie in a directory that only the user can enter. A connection that breaks
+is never mended behind our back (a silent reconnect can lose messages): it is reported, and whoever owns it dials again.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import socket as stdsocket
+import time
+from typing import Any, Iterable, NamedTuple, Optional, Sequence
+
+import zmq
+from zmq.backend import Socket as RawSocket
+from zmq.utils.monitor import parse_monitor_message
+
+from . import wire
+from .config import dead_run
+from .errors import ConfigError, ConnectError, LauncherError, ProtocolError
+
+POLLIN = zmq.POLLIN
+Context = zmq.Context
+Poller = zmq.Poller
+Again = zmq.Again
+NetError = zmq.ZMQError
+
+LARGE = 64 * 1024  # from here on frames are handed over rather than copied
+HANDSHAKE_S = 5.0  # a peer that is there answers well within this
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 3000, 12000  # answered by libzmq's own thread, whatever Python is doing
+
+_MORE = zmq.SNDMORE
+_MONITORED = (zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+              | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+              | zmq.EVENT_CONNECTED)
+
+
+class KeyPair(NamedTuple):
+    """A CURVE key pair in Z85 text."""
+
+    public: str
+    secret: str
+
+
+def has_curve() -> bool:
+    """Whether this libzmq can encrypt."""
+    return bool(zmq.has("curve"))
+
+
+def make_keys() -> KeyPair:
+    """A new key pair. Without CURVE it only serves as a pair of unguessable words."""
+    if not has_curve():
+        return KeyPair(os.urandom(20).hex(), os.urandom(20).hex())
+    public, secret = zmq.curve_keypair()
+    return KeyPair(public.decode(), secret.decode())
+
+
+def token(secret_key: str) -> str:
+    """What a peer shows in its HELLO to prove that it holds the secret key of its role. On ipc it is the only proof; the
+    digest keeps the key itself out of messages."""
+    return hashlib.blake2b(secret_key.encode(), digest_size=16, person=b"ipclite-hello").hexdigest()
+
+
+def send(sock: Any, frames: Sequence[Any]) -> None:
+    """Send one message; large frames are not copied, so their owner must leave them alone until they are gone."""
+    last = len(frames) - 1
+    for i, frame in enumerate(frames):
+        RawSocket.send(sock, frame, _MORE if i < last else 0, len(frame) < LARGE if type(frame) is bytes
+                       else memoryview(frame).nbytes < LARGE)
+
+
+def recv(sock: Any) -> list[Any]:
+    """Receive one message without waiting; frames are bytes, the large ones writable memoryviews of the received memory.
+
+    Raises:
+        Again: there is none.
+    """
+    frames: list[Any] = []
+    while True:
+        frame = RawSocket.recv(sock, zmq.NOBLOCK, False)
+        frames.append(frame.bytes if len(frame) < LARGE else frame.buffer)
+        if not frame.more:
+            return frames
+
+
+def readable(sock: Any) -> bool:
+    """Whether a message waits. Also rearms the socket's edge-triggered file descriptor."""
+    return bool(sock.get(zmq.EVENTS) & POLLIN)
+
+
+def _prepare(sock: Any) -> None:
+    sock.set_hwm(0)
+    sock.linger = 0
+    sock.ipv6 = True
+    sock.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    sock.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 60)
+    sock.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 15)
+    sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    sock.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
+    sock.setsockopt(zmq.HANDSHAKE_IVL, 30000)
+
+
+class Link:
+    """One outgoing connection to the controller.
+
+    Args:
+        context: the process's zmq context.
+        info: the connection file's content.
+    """
+
+    def __init__(self, context: Any, info: dict[str, Any]):
+        self.info = info
+        self.local = is_local(info)
+        self.address = f"ipc://{info['ipc']}" if self.local else info["url"]
+        self._context = context
+        self.sock = context.socket(zmq.DEALER)
+        _prepare(self.sock)
+        self.sock.setsockopt(zmq.RECONNECT_IVL, -1)
+        if not self.local:
+            if not info["url"]:
+                raise ConnectError(f"the controller on {info['host']} listens on that host only; restart it with --ip=* "
+                                   "(or --ip=ADDRESS) to reach it from here")
+            if info["server_key"]:
+                self.sock.curve_serverkey = info["server_key"].encode()
+                self.sock.curve_publickey = info["public_key"].encode()
+                self.sock.curve_secretkey = info["secret_key"].encode()
+        self.monitor = self.sock.get_monitor_socket(_MONITORED)
+        self.lost: Optional[str] = None  # why, once the connection is broken
+
+    def dial(self, timeout_s: float = HANDSHAKE_S) -> None:
+        """Connect and wait for the handshake.
+
+        Raises:
+            ConnectError: naming the step that failed and the address.
+        """
+        if not self.local:
+            _resolve(self.address)
+        self.sock.connect(self.address)
+        deadline = time.monotonic() + timeout_s
+        connected = False
+        while True:
+            wait_s = deadline - time.monotonic()
+            if wait_s <= 0 or not self.monitor.poll(int(wait_s * 1000) + 1):
+                raise ConnectError(
+                    f"connected to {self.address} but no controller answered there in {timeout_s:g} s" if connected else
+                    f"no answer from {self.address} in {timeout_s:g} s; is a firewall in the way, or the address wrong?")
+            event = parse_monitor_message(self.monitor.recv_multipart())
+            kind = event["event"]
+            if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                return
+            if kind == zmq.EVENT_CONNECTED:
+                connected = True
+            elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                raise ConnectError(f"the controller at {self.address} refused our key: the connection file is of another "
+                                   "cluster or of another role; copy the right one")
+            elif connected:
+                raise ConnectError(f"{self.address} broke off the handshake: the connection file's key is not this "
+                                   "controller's, or something else listens there; copy the file again")
+            else:
+                raise ConnectError(f"{self.address} refused the connection: the controller is gone")
+
+    def check(self) -> Optional[str]:
+        """Why the connection is lost, or None. To be called when `monitor` is readable."""
+        while self.lost is None and readable(self.monitor):
+            event = parse_monitor_message(self.monitor.recv_multipart(zmq.NOBLOCK))
+            if event["event"] not in (zmq.EVENT_CONNECTED, zmq.EVENT_HANDSHAKE_SUCCEEDED):
+                self.lost = f"the connection to the controller at {self.address} broke"
+        return self.lost
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Close the sockets; messages still to be sent get `linger_ms` to leave."""
+        self.sock.disable_monitor()
+        self.monitor.close(0)
+        self.sock.close(linger_ms)
+
+
+def is_local(info: dict[str, Any]) -> bool:
+    """Whether the controller can be reached by its ipc socket: the run's own random name makes a chance hit
+    on another host's path impossible."""
+    return bool(info["ipc"]) and os.path.exists(info["ipc"])
+
+
+def _resolve(address: str) -> None:
+    host = address.split("//", 1)[1].rpartition(":")[0].strip("[]")
+    try:
+        stdsocket.getaddrinfo(host, None)
+    except OSError as e:
+        raise ConnectError(f"the controller's host name {host!r} can not be looked up ({e.strerror or e}); edit 'location' in "
+                           "the connection file or start the controller with --location=ADDRESS") from None
+
+
+def greet(context: Any, info: dict[str, Any], hello: dict[str, Any], timeout_s: float = 2 * HANDSHAKE_S,
+          ) -> tuple[Link, dict[str, Any]]:
+    """Dial, introduce ourselves, return the link and the controller's WELCOME.
+
+    Raises:
+        ConnectError: naming the step that failed: no such host, refused, wrong key, no answer, not welcome.
+    """
+    link = Link(context, info)
+    try:
+        deadline = time.monotonic() + timeout_s
+        link.dial(timeout_s)
+        send(link.sock, wire.encode_json(wire.HELLO, {**hello, "token": token(info["secret_key"])}))
+        poller = Poller()
+        poller.register(link.sock, POLLIN)
+        poller.register(link.monitor, POLLIN)
+        while True:
+            wait_s = deadline - time.monotonic()
+            if wait_s <= 0:
+                raise ConnectError(f"the controller at {link.address} took the connection but said nothing in {timeout_s:g} s")
+            ready = dict(poller.poll(int(wait_s * 1000) + 1))
+            if link.sock in ready:
+                return link, _welcome(link, recv(link.sock))
+            if link.monitor in ready and link.check():
+                raise ConnectError(f"{link.lost} before it answered")
+    except BaseException:
+        link.close()
+        raise
+
+
+def _welcome(link: Link, frames: list[Any]) -> dict[str, Any]:
+    try:
+        body = wire.decode_dict(frames)
+    except ProtocolError as e:
+        raise ConnectError(f"{link.address} does not speak this protocol: {e}") from None
+    if frames[0] == wire.REFUSED:
+        raise ConnectError(f"the controller at {link.address} refused us: {body.get('reason', 'no reason given')}")
+    if frames[0] != wire.WELCOME:
+        raise ConnectError(f"{link.address} answered with an unexpected message")
+    return body
+
+
+def controller_gone(info: dict[str, Any]) -> bool:
+    """Whether the controller of this connection file is certainly dead: it ran on this host and its process is not there."""
+    return bool(dead_run(info))
+
+
+class Ports:
+    """The controller's listening sockets.
+
+    Args:
+        context: the process's zmq context.
+        server: the controller's key pair.
+        max_bytes: a peer that sends a larger frame is cut off.
+    """
+
+    def __init__(self, context: Any, server: KeyPair, max_bytes: int):
+        self._context, self._server, self._max_bytes = context, server, max_bytes
+        self.role_of: dict[Any, str] = {}  # socket -> "client" or "engine"
+        self.gate = context.socket(zmq.ROUTER)
+        self.gate.linger = 0
+        self.gate.bind("inproc://zeromq.zap.01")
+
+    def _socket(self, role: str) -> Any:
+        sock = self._context.socket(zmq.ROUTER)
+        _prepare(sock)
+        sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        sock.setsockopt(zmq.MAXMSGSIZE, self._max_bytes)
+        sock.setsockopt(zmq.BACKLOG, 4096)
+        self.role_of[sock] = role
+        return sock
+
+    def listen_ipc(self, role: str, path: str) -> None:
+        """Listen on a socket file in a directory that is ours alone.
+
+        Raises:
+            ConfigError: it can't be made there.
+        """
+        sock = self._socket(role)
+        try:
+            sock.bind(f"ipc://{path}")
+        except zmq.ZMQError as e:
+            raise ConfigError(f"can not listen on the socket {path}: {e.strerror}") from None
+
+    def listen_tcp(self, role: str, ip: str, ports: Iterable[int]) -> int:
+        """Listen on the first of `ports` that is free (0: any), and return it.
+
+        Raises:
+            LauncherError: all are taken.
+            ConfigError: this host does not have the address, or libzmq can not encrypt and the address is not loopback.
+        """
+        sock = self._socket(role)
+        if has_curve():
+            sock.curve_server = True
+            sock.curve_secretkey = self._server.secret.encode()
+            sock.curve_publickey = self._server.public.encode()
+            sock.setsockopt(zmq.ZAP_DOMAIN, role.encode())
+        elif not is_loopback(ip):
+            raise ConfigError(f"this libzmq has no CURVE encryption, so the controller does not listen on {ip}; install pyzmq "
+                              "from its wheel, or use --ip=127.0.0.1 with ssh tunnels")
+        tried = []
+        for port in ports:
+            try:
+                sock.bind(f"tcp://{_bracket(ip)}:{port}")
+                return int(sock.last_endpoint.decode().rpartition(":")[2])
+            except zmq.ZMQError as e:
+                if e.errno == errno.EADDRINUSE or e.errno == errno.EACCES:
+                    tried.append(f"{port} ({e.strerror})")
+                    continue
+                raise ConfigError(f"can not listen on {ip}: {e.strerror}; give --ip an address of this host") from None
+        raise LauncherError(f"no port left to listen on at {ip}: {', '.join(tried)}; free one or name others with --ports")
+
+    def gatekeep(self, admitted: dict[str, str]) -> None:
+        """Answer the questions that wait at the gate. `admitted` maps a role to the public key that it must show."""
+        while readable(self.gate):
+            frames = self.gate.recv_multipart()
+            if len(frames) < 8:
+                continue
+            envelope, (version, request, domain, _address, _identity, mechanism) = frames[:2], frames[2:8]
+            key = zmq.utils.z85.encode(frames[8]).decode() if len(frames) > 8 and len(frames[8]) == 32 else ""
+            wanted = admitted.get(domain.decode("latin-1"))
+            ok = mechanism == b"CURVE" and bool(wanted) and key == wanted
+            status, text = (b"200", b"OK") if ok else (b"400", b"this key may not come in here")
+            self.gate.send_multipart([*envelope, version, request, status, text, b"", b""])
+
+    def close(self, linger_ms: int) -> None:
+        """Close all sockets; messages on their way get `linger_ms` to leave."""
+        for sock in self.role_of:
+            sock.close(linger_ms)
+        self.gate.close(0)
+
+
+def is_loopback(ip: str) -> bool:
+    """Whether an address to listen on is reachable from this host only."""
+    return ip in ("localhost", "::1") or ip.startswith("127.")
+
+
+def _bracket(ip: str) -> str:
+    return f"[{ip}]" if ":" in ip else ip
+
+
+def public_host(ip: str, location: str) -> str:
+    """The host that goes into the connection files' `url`.
+
+    Args:
+        ip: what the controller listens on.
+        location: what the user says others see, or "".
+    """
+    if location:
+        return _bracket(location)
+    if ip in ("*", "0.0.0.0", "::"):
+        return stdsocket.gethostname()
+    return _bracket(ip)

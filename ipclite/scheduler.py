@@ -1,0 +1,1141 @@
+"""Decides which engine runs which task. No sockets, no clock, no global random.
+
+    Submit Finished Returned EngineUp EngineDown Abort Tick  ──►  handle(event, now)  ──►  Run Accept Fail Recall
+
+The controller turns messages into events, carries out the effects that `handle` returns, and sends a `Tick` when
+`next_deadline()` has passed. `now` is in s on any clock that never goes back.
+
+    Submit ─► WAITING for other tasks ─► READY in a queue ─► ASSIGNED to an engine ─► DONE
+                                           ▲                  │  └─► RECALLED ─► given back, or finished after all
+                                           └── lost, failed ──┘                  (FAILED, ABORTED: from anywhere)
+
+Rules that hold here:
+- There is one queue per constraint: who may run a task, and who has failed or refused it. An engine takes the oldest head
+  among the queues it may take from, so what is pinned to one engine runs there in the order of submission.
+- An engine is *open* while its estimated work is below `prefetch_s` (or its tasks are fewer than `hwm`). No task waits
+  in a queue that an open engine may take from: `handle` does not return before that is so.
+- An assignment is named by the task's key and its attempt. Anything an engine says about another attempt is void.
+- A task that has ended is forgotten at once, but for how and where it ended, which others may depend on. Those are kept of
+  the last `OUTCOMES` tasks at least. What happened to a task stays in a ring buffer for a while.
+- What is done per event may look at each of its tasks; nothing looks at all engines or all tasks, save `check`, the end of an
+  engine, and the search for work to take back, which is limited to one per `recall_s`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import deque
+from enum import Enum
+from heapq import heapify, heappop, heappush
+from typing import Any, Callable, Deque, Dict, FrozenSet, Generic, Iterable, List, NamedTuple, Optional, Tuple, TypeVar, Union
+
+from .errors import ProtocolError
+from .wire import OK, UNMET, Payload, TaskKey, msg_id, task_key
+
+CAP = 1024  # an engine holds at most this many tasks, however short they are
+FLOOR_S = 5e-6  # what a task costs an engine at least
+DECAY = 0.5  # how fast an estimate goes down; it goes up at once
+FUNCTIONS = 5_000  # estimates are kept of at least this many functions, and at most twice as many
+OUTCOMES = 100_000  # the same for how tasks ended
+RING = 10_000  # transitions that `story` can tell of
+
+UNKNOWN = "unknown"  # EngineDown.running when nobody saw which task was running
+
+
+class State(Enum):
+    WAITING = "waiting for other tasks"
+    READY = "ready"
+    ASSIGNED = "assigned"
+    RECALLED = "asked back"
+    DONE = "done"
+    FAILED = "failed"
+    ABORTED = "aborted"
+
+    __hash__ = object.__hash__  # that of Enum is written in Python, and `_move` runs thrice per task
+
+
+WAITING, READY, ASSIGNED, RECALLED, DONE, FAILED, ABORTED = State
+
+TRANSITIONS: Dict[State, FrozenSet[State]] = {
+    WAITING: frozenset((READY, FAILED, ABORTED)),
+    READY: frozenset((ASSIGNED, FAILED, ABORTED)),
+    ASSIGNED: frozenset((DONE, READY, RECALLED, FAILED)),
+    RECALLED: frozenset((DONE, READY, FAILED, ABORTED)),
+    DONE: frozenset(),
+    FAILED: frozenset(),
+    ABORTED: frozenset(),
+}
+
+Ids = FrozenSet[int]
+Outcome = Tuple[bool, Optional[int]]  # whether a task succeeded, and the engine that ran it
+
+
+class Needs(NamedTuple):
+    """Tasks that must have ended before another may run: `all` of them or one, by `success`, `failure` or either."""
+
+    ids: Tuple[TaskKey, ...]
+    all: bool = True
+    success: bool = True
+    failure: bool = False
+
+    @classmethod
+    def from_dict(cls, body: Any) -> Optional["Needs"]:
+        """Check what a client sent; None stays None."""
+        if body is None:
+            return None
+        try:
+            needs = cls(tuple(dict.fromkeys(map(task_key, body["ids"]))), **{k: body[k] for k in cls._fields[1:] if k in body})
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise ProtocolError(f"{body!r} is not a dependency: {e}") from None
+        if not all(type(flag) is bool for flag in needs[1:]) or not (needs.success or needs.failure):
+            raise ProtocolError(f"{body!r} is not a dependency: it must name success, failure or both")
+        return needs
+
+
+class Spec:
+    """What the tasks of a section have in common.
+
+    Attributes:
+        targets: ids of the engines that may run them; None = any.
+        retries: how often a task that raised is tried again.
+        fn: digest of the function, in hex; None if the task needs none.
+        function: key under which run times are estimated.
+        raw: the JSON it was read from.
+        after, follow: tasks that must have ended; `follow` also means on an engine where they ran.
+        timeout: s that a task may wait for its first assignment; None = for ever.
+    """
+
+    __slots__ = ("targets", "allowed", "retries", "fn", "function", "raw", "after", "follow", "timeout")
+
+    def __init__(self, targets: Optional[Tuple[int, ...]] = None, retries: int = 0, fn: Optional[str] = None, op: str = "",
+                 raw: bytes = b"", after: Optional[Needs] = None, follow: Optional[Needs] = None,
+                 timeout: Optional[float] = None):
+        self.targets = targets
+        self.allowed: Optional[Ids] = None if targets is None else frozenset(targets)
+        self.retries = retries
+        self.fn = fn
+        self.function = fn or op
+        self.raw = raw
+        self.after = after
+        self.follow = follow
+        self.timeout = timeout
+
+    @classmethod
+    def from_json(cls, raw: bytes) -> "Spec":
+        """Read a spec; keys that mean nothing to the scheduler are ignored.
+
+        Raises:
+            ProtocolError: it is not a spec.
+        """
+        try:
+            body = json.loads(raw)
+        except (ValueError, RecursionError) as e:
+            raise ProtocolError(f"a spec is not JSON: {e}") from None
+        if not isinstance(body, dict):
+            raise ProtocolError("a spec is not a JSON object")
+        targets, retries = body.get("targets"), body.get("retries", 0)
+        if targets is not None and not (isinstance(targets, list) and targets and all(type(t) is int for t in targets)):
+            raise ProtocolError(f"targets of a task must be engine ids, not {targets!r}")
+        if type(retries) is not int or retries < 0:
+            raise ProtocolError(f"retries must be a number from 0, not {retries!r}")
+        fn, op = body.get("fn"), body.get("op", "")
+        if not isinstance(fn or "", str) or not isinstance(op, str):
+            raise ProtocolError(f"the function of a task must be text, not {fn!r} or {op!r}")
+        timeout = body.get("timeout")
+        if timeout is not None and not (type(timeout) in (int, float) and 0 <= timeout < math.inf):
+            raise ProtocolError(f"timeout must be a number of seconds from 0, not {timeout!r}")
+        return cls(None if targets is None else tuple(targets), retries, fn or None, op, raw,
+                   Needs.from_dict(body.get("after")), Needs.from_dict(body.get("follow")), timeout)
+
+
+class Task:
+    """One task that has not ended. `attempt` is 1 for its first execution."""
+
+    __slots__ = ("key", "spec", "payload", "state", "attempt", "engine", "crashes", "failures", "excluded", "refused",
+                 "aborted", "order", "submitted", "est", "allowed", "wait")
+
+    def __init__(self, key: TaskKey, spec: Spec, payload: Payload):
+        self.key = key
+        self.spec = spec
+        self.payload = payload
+        self.state = WAITING
+        self.attempt = 0
+        self.engine: Optional[int] = None
+        self.crashes = 0
+        self.failures = 0
+        self.excluded: Optional[Ids] = None  # engines that failed or refused it
+        self.refused: Optional[Ids] = None  # those of them that refused it
+        self.allowed = spec.allowed  # engines that may run it; `follow` narrows it
+        self.wait: Optional[_Wait] = None
+        self.aborted = False
+        self.order = 0
+        self.submitted = 0.0
+        self.est = 0.0  # s that its present attempt was expected to take
+
+    def __repr__(self) -> str:
+        return f"<Task {self.key[0].hex()}-{self.key[1]} {self.state.name} engine={self.engine} attempt={self.attempt}>"
+
+
+class _Tally:
+    """How far the tasks of a dependency have got."""
+
+    __slots__ = ("needs", "left", "good", "bad", "engines", "unknown")
+
+    def __init__(self, needs: Needs):
+        self.needs = needs
+        self.left = len(needs.ids)
+        self.good = self.bad = 0
+        self.engines: Dict[int, None] = {}  # where the good ones ran
+        self.unknown: Optional[TaskKey] = None  # a task that nobody knows
+
+    def note(self, outcome: Outcome) -> None:
+        ok, engine = outcome
+        self.left -= 1
+        if self.needs.success if ok else self.needs.failure:
+            self.good += 1
+            if engine is not None:
+                self.engines[engine] = None
+        else:
+            self.bad += 1
+
+    def verdict(self) -> Optional[bool]:
+        """True = met, False = can not be met any more, None = wait."""
+        if self.needs.all:
+            return False if self.bad else None if self.left else True
+        return True if self.good or not self.needs.ids else None if self.left else False
+
+
+class _Wait:
+    """Tasks submitted together that depend on the same others."""
+
+    __slots__ = ("tasks", "after", "follow")
+
+    def __init__(self, spec: Spec):
+        self.tasks: Dict[TaskKey, Task] = {}
+        self.after = spec.after and _Tally(spec.after)
+        self.follow = spec.follow and _Tally(spec.follow)
+
+    def tallies(self) -> List[_Tally]:
+        return [t for t in (self.after, self.follow) if t]
+
+
+class EngineState:
+    """An engine that is there. `outstanding` is in the order sent, so its first task may be running."""
+
+    __slots__ = ("id", "outstanding", "backlog", "progress", "stuck", "open", "rank", "stamp", "used", "queues", "done")
+
+    def __init__(self, engine_id: int, now: float):
+        self.id = engine_id
+        self.outstanding: Dict[TaskKey, Task] = {}
+        self.backlog = 0.0  # estimated s of all outstanding tasks
+        self.progress = now  # when it last finished something, or was given work while idle
+        self.stuck = False  # its running task takes long: nothing is sent behind it
+        self.open = False
+        self.rank = 0.0  # what the policy says; the least is served first
+        self.used = 0  # grows when it is given tasks
+        self.stamp = 0  # grows when its load changes; an entry of `_heap` with another stamp is void
+        self.queues: Dict[_Queue, None] = {}  # those that name it and are not empty
+        self.done = 0
+
+
+class _Queue:
+    """READY tasks with the same constraint, oldest first.
+
+    `fresh` holds those that never left, in order; `back` is a heap of those that came back. Tasks that ended in here are
+    skipped when they come up: `count` does not include them.
+    """
+
+    __slots__ = ("allowed", "barred", "fresh", "back", "count", "engines")
+
+    def __init__(self, allowed: Optional[Ids], barred: Optional[Ids]):
+        self.allowed = allowed
+        self.barred = barred
+        self.fresh: Deque[Task] = deque()
+        self.back: List[Tuple[int, Task]] = []
+        self.count = 0
+        self.engines: Dict[EngineState, None] = {}  # who may take from it; not kept for the queue of any engine
+
+    def admits(self, engine_id: int) -> bool:
+        return (self.allowed is None or engine_id in self.allowed) and (
+            self.barred is None or engine_id not in self.barred)
+
+    def head(self) -> Optional[Task]:
+        fresh, back = self.fresh, self.back
+        while fresh and fresh[0].state is not READY:
+            fresh.popleft()
+        if back:
+            while back and back[0][1].state is not READY:
+                heappop(back)
+            if back and (not fresh or back[0][0] < fresh[0].order):
+                return back[0][1]
+        return fresh[0] if fresh else None
+
+    def pop(self, task: Task) -> None:
+        """Take out `task`, which is what `head` returned."""
+        self.count -= 1
+        if self.fresh and self.fresh[0] is task:
+            self.fresh.popleft()
+        else:
+            heappop(self.back)
+
+    def forget(self) -> None:
+        """One of the tasks in here has ended."""
+        self.count -= 1
+        if not self.count:
+            self.fresh.clear()
+            self.back.clear()
+
+    def tasks(self) -> List[Task]:
+        found = [t for t in self.fresh if t.state is READY] + [t for _, t in self.back if t.state is READY]
+        return sorted(found, key=lambda t: t.order)
+
+
+V = TypeVar("V")
+
+
+class _Recent(Generic[V]):
+    """A dict of at least the last `size` keys that were set, and at most twice as many."""
+
+    __slots__ = ("size", "new", "old")
+
+    def __init__(self, size: int):
+        self.size = size
+        self.new: Dict[Any, V] = {}
+        self.old: Dict[Any, V] = {}
+
+    def __setitem__(self, key: Any, value: V) -> None:
+        if len(self.new) >= self.size:
+            self.old, self.new = self.new, {}
+        self.new[key] = value
+
+    def get(self, key: Any) -> Optional[V]:
+        value = self.new.get(key)
+        return self.old.get(key) if value is None else value
+
+    def __len__(self) -> int:
+        return len(self.new) + len(self.old)
+
+
+class Submit(NamedTuple):
+    tasks: List[Task]
+
+
+class Finished(NamedTuple):
+    """Results of tasks of one client: records as `wire.result_sections` yields them."""
+
+    engine_id: int
+    session: bytes
+    records: List[Tuple[Any, ...]]
+
+
+class Returned(NamedTuple):
+    """An engine gave back tasks that it had not started: (number, attempt) of each."""
+
+    engine_id: int
+    session: bytes
+    ids: List[Tuple[int, int]]
+
+
+class EngineUp(NamedTuple):
+    engine_id: int
+
+
+class EngineDown(NamedTuple):
+    """An engine is gone.
+
+    Args:
+        reason: a sentence that names the engine and the cause.
+        running: key of the task that was running; None = no task was; `UNKNOWN` = nobody saw.
+        crashed: it did not end on purpose, so the running task may be the cause.
+    """
+
+    engine_id: int
+    reason: str
+    running: Union[TaskKey, None, str] = UNKNOWN
+    crashed: bool = True
+
+
+class Abort(NamedTuple):
+    session: bytes
+    seqs: List[int]
+
+
+class Tick(NamedTuple):
+    """Time has passed."""
+
+
+class Run(NamedTuple):
+    engine_id: int
+    tasks: List[Task]
+
+
+class Accept(NamedTuple):
+    """The results at these positions of the Finished event count (None: all). The others are void."""
+
+    engine_id: int
+    session: bytes
+    positions: Optional[List[int]]
+
+
+class Fail(NamedTuple):
+    """The scheduler ended a task: name of a class in errors.py, and a sentence."""
+
+    task: Task
+    ename: str
+    message: str
+
+
+class Recall(NamedTuple):
+    """Ask an engine to give back these tasks if it has not started them."""
+
+    engine_id: int
+    keys: List[TaskKey]
+
+
+Effect = Union[Run, Accept, Fail, Recall]
+
+
+Policy = Tuple[Callable[[EngineState, random.Random], float], int]
+
+# How the open engines are ranked, and of how many of the best ones the least loaded is taken. Equals are served in turn.
+POLICIES: Dict[str, Policy] = {
+    "leastload": (lambda engine, rng: engine.backlog, 1),
+    "lru": (lambda engine, rng: engine.used, 1),
+    "pure": (lambda engine, rng: engine.used, 1),
+    "plainrandom": (lambda engine, rng: rng.random(), 1),
+    "twobin": (lambda engine, rng: rng.random(), 2),
+    "weighted": (lambda engine, rng: rng.expovariate(1 / (1 + len(engine.outstanding))), 2),
+}
+
+
+def _by_rank(engine: EngineState) -> Tuple[float, int]:
+    return engine.rank, engine.stamp
+
+
+def _by_load(engine: EngineState) -> Tuple[float, int]:
+    return engine.backlog, engine.stamp
+
+
+class Scheduler:
+    """All tasks and engines of a controller.
+
+    Args:
+        prefetch_s: estimated work that is sent to an engine before its results are in.
+        hwm: at most so many tasks on an engine; 0 = no limit; None = as `prefetch_s` says.
+        recall_s: an engine that finishes nothing for so long gives its unstarted tasks to idle ones.
+        crash_limit: how often a task that was running when its engine crashed is tried again.
+        no_engine_s: how long tasks wait for a first engine.
+        policy: a key of POLICIES.
+        rng: what the policies draw from.
+    """
+
+    def __init__(self, prefetch_s: float = 0.010, hwm: Optional[int] = None, recall_s: float = 0.020,
+                 crash_limit: int = 1, no_engine_s: float = 30.0, policy: str = "leastload",
+                 rng: Optional[random.Random] = None):
+        if policy not in POLICIES:
+            raise ValueError(f"there is no policy {policy!r}; choose one of {', '.join(POLICIES)}")
+        self.prefetch_s = prefetch_s
+        self.recall_s = recall_s
+        self.crash_limit = crash_limit
+        self.no_engine_s = no_engine_s
+        self._rank, self._choices = POLICIES[policy]
+        self._rng = rng or random.Random(0)
+        self._limit_s = prefetch_s if hwm is None else math.inf
+        self._cap = CAP if hwm is None else hwm or math.inf
+        self.tasks: Dict[TaskKey, Task] = {}
+        self.engines: Dict[int, EngineState] = {}
+        self.ended = {DONE: 0, FAILED: 0, ABORTED: 0}
+        self._any = _Queue(None, None)
+        self._queues: Dict[Tuple[Optional[Ids], Optional[Ids]], _Queue] = {}  # the others, none of them empty
+        self._open: Dict[EngineState, None] = {}
+        self._idle: Dict[EngineState, None] = {}  # those without tasks
+        self._loaded: Dict[EngineState, None] = {}  # those with two or more
+        self._heap: List[Tuple[float, int, EngineState]] = []  # the open ones, best first, and void entries
+        self._estimates: _Recent[float] = _Recent(FUNCTIONS)  # s by function
+        self._outcomes: _Recent[Outcome] = _Recent(OUTCOMES)
+        self._dependents: Dict[TaskKey, Dict[_Tally, _Wait]] = {}  # who waits for the task
+        self._ends: Deque[Tuple[TaskKey, Outcome]] = deque()  # of tasks that others wait for; to be told
+        self._timeouts: List[Tuple[float, int, Task]] = []  # heap of (when, order, task); may hold some that are assigned
+        self._ring: Deque[Tuple[float, TaskKey, State, Optional[int], int, str]] = deque(maxlen=RING)
+        self._orders = 0
+        self._stamps = 0
+        self._left_at = -math.inf  # when the last engine went
+        self._recall_at: Optional[float] = None
+        self._now = 0.0
+        self._effects: List[Effect] = []
+        self._runs: Dict[EngineState, List[Task]] = {}
+        self._touched: Dict[EngineState, None] = {}  # their load has changed
+        self._fed: Dict[_Queue, None] = {}  # queues that gained tasks
+
+    def handle(self, event: Any, now: float) -> List[Effect]:
+        """What to do about an event.
+
+        Args:
+            event: one of the classes above.
+            now: monotonic time in s.
+        """
+        self._now = now
+        _HANDLERS[type(event)](self, event)
+        while True:
+            while self._ends:
+                self._tell(*self._ends.popleft())
+            if self._touched or self._fed:
+                self._assign()
+            if not self._expire():
+                break
+        self._take_back()
+        effects = self._effects
+        for engine, tasks in self._runs.items():
+            effects.append(Run(engine.id, tasks))
+        self._effects, self._runs = [], {}
+        return effects
+
+    def next_deadline(self) -> Optional[float]:
+        """When a Tick is due at the latest, in s; None = nothing depends on time."""
+        head = None if self.engines else self._any.head()
+        times = [] if head is None else [max(head.submitted, self._left_at) + self.no_engine_s]
+        if self._recall_at is not None:
+            times.append(self._recall_at)
+        if self._timeouts:
+            times.append(self._timeouts[0][0])
+        return min(times) if times else None
+
+    def queue_status(self, ids: Iterable[int]) -> Dict[Any, Any]:
+        """How much there is to do: for each engine the unfinished tasks that only it may run (`queue`), the others that
+        it holds (`tasks`), and how many it has `completed`; and how many are `unassigned` and not bound to one engine."""
+        status: Dict[Any, Any] = {}
+        for engine in [self.engines[i] for i in ids if i in self.engines]:
+            only = frozenset((engine.id,))
+            bound = sum(t.spec.allowed == only for t in engine.outstanding.values())
+            queued = sum(q.count for q in engine.queues if q.allowed == only)
+            status[engine.id] = {"queue": bound + queued, "tasks": len(engine.outstanding) - bound, "completed": engine.done}
+        bound = sum(q.count for q in self._queues.values() if q.allowed is not None and len(q.allowed) == 1)
+        status["unassigned"] = len(self.tasks) - sum(len(e.outstanding) for e in self.engines.values()) - bound
+        return status
+
+    def story(self, key: TaskKey) -> List[str]:
+        """What happened to a task, as far as it is remembered."""
+        lines = []
+        for when, which, state, engine, attempt, note in self._ring:
+            if which == key:
+                where = "" if engine is None else f", engine {engine}, attempt {attempt}"
+                lines.append(f"{when:.6f} {state.value}{where}{': ' + note if note else ''}")
+        return lines
+
+    def check(self) -> None:
+        """Assert all that must hold between two events. Slow: for tests."""
+        seen: Dict[TaskKey, State] = {}
+        for queue in (self._any, *self._queues.values()):
+            tasks = queue.tasks()
+            assert queue.count == len(tasks) and (tasks or queue is self._any), "a queue miscounts, or is empty and kept"
+            assert all(a.order < b.order for a, b in zip(tasks, tasks[1:])), "a queue holds a task twice"
+            for task in tasks:
+                assert (task.allowed, task.excluded) == (queue.allowed, queue.barred), f"{task!r} is in a wrong queue"
+                assert task.key not in seen and not task.aborted
+                seen[task.key] = READY
+            if queue is not self._any:
+                assert self._queues[queue.allowed, queue.barred] is queue
+                assert set(queue.engines) == {e for e in self.engines.values() if queue.admits(e.id)} != set()
+                assert all(queue in e.queues for e in queue.engines)
+            assert not tasks or not any(e.open and queue.admits(e.id) for e in self.engines.values()), "work is held back"
+        valid = {e for _, stamp, e in self._heap if e.stamp == stamp}
+        for engine in self.engines.values():
+            held = len(engine.outstanding)
+            assert all(q.count and engine in q.engines for q in engine.queues)
+            assert abs(engine.backlog - sum(t.est for t in engine.outstanding.values())) < 1e-6
+            assert held <= self._cap and (held or engine.open), "an engine is flooded, or idle and closed"
+            assert engine.open == (engine in self._open) == (engine in valid)
+            assert (engine in self._idle) == (not held) and (engine in self._loaded) == (held > 1)
+            for key, task in engine.outstanding.items():
+                assert task.key == key not in seen and task.engine == engine.id and task.attempt > 0
+                assert task.allowed is None or engine.id in task.allowed
+                seen[key] = task.state
+        assert set(self._open) | set(self._idle) | set(self._loaded) <= set(self.engines.values())
+        waits = {t.wait for t in self.tasks.values() if t.wait is not None}
+        watched = [(key, tally, wait) for key, found in self._dependents.items() for tally, wait in found.items()]
+        assert {wait for _, _, wait in watched} == waits and {key for key, _, _ in watched} <= set(self.tasks)
+        for wait in waits:
+            assert all(t.wait is wait for t in wait.tasks.values())
+            verdicts = [t.verdict() for t in wait.tallies()]
+            assert None in verdicts and False not in verdicts, "tasks wait for nothing"
+            for tally in wait.tallies():
+                assert tally.left == sum(t is tally for _, t, _ in watched)
+            seen.update(dict.fromkeys(wait.tasks, WAITING))
+        assert seen == {k: t.state for k, t in self.tasks.items()}, "a task is lost, or not where its state says"
+        timed = {task for _, _, task in self._timeouts}
+        assert all(t in timed for t in self.tasks.values() if t.spec.timeout is not None and not t.attempt)
+        assert not self._timeouts or self._timeouts[0][2].state in (WAITING, READY) and self._timeouts[0][0] > self._now
+        assert not self._touched and not self._fed and not self._runs and not self._effects
+
+    def _move(self, task: Task, state: State, note: str = "") -> None:
+        """The only place where a task changes its state."""
+        if state not in TRANSITIONS[task.state]:
+            raise RuntimeError(f"{task!r} can not become {state.name}")
+        task.state = state
+        self._ring.append((self._now, task.key, state, task.engine, task.attempt, note))
+
+    def _fail(self, task: Task, ename: str, message: str) -> None:
+        """End a task that is in no queue and on no engine any more."""
+        state = ABORTED if ename == "TaskAborted" else FAILED
+        self._move(task, state, message)
+        self.ended[state] += 1
+        del self.tasks[task.key]
+        self._end(task.key, (False, None))
+        self._effects.append(Fail(task, ename, message))
+
+    def _end(self, key: TaskKey, outcome: Outcome) -> None:
+        self._outcomes[key] = outcome
+        if key in self._dependents:
+            self._ends.append((key, outcome))
+
+    # events
+
+    def _on_submit(self, event: Submit) -> None:
+        tasks, now = self.tasks, self._now
+        spec: Optional[Spec] = None
+        queue: Optional[_Queue] = None
+        wait: Optional[_Wait] = None
+        for task in event.tasks:
+            if task.key in tasks:
+                continue  # a client that reconnects may send what is here already
+            self._orders += 1
+            task.order = self._orders
+            task.submitted = now
+            tasks[task.key] = task
+            if spec is None or task.spec is not spec:
+                if wait is not None:
+                    self._judge(wait)
+                spec = task.spec
+                wait = _Wait(spec) if spec.after or spec.follow else None
+                if wait is not None:
+                    self._depend(wait)
+                else:
+                    queue = self._queue(spec.allowed, None)
+            if spec.timeout is not None:
+                self._limit_waiting(task, spec.timeout)
+            if wait is not None:
+                task.wait = wait
+                wait.tasks[task.key] = task
+                continue
+            if queue is None:
+                self._fail(task, "EngineError", self._unregistered(spec))
+                continue
+            self._move(task, READY)
+            queue.fresh.append(task)
+            queue.count += 1
+        if wait is not None:
+            self._judge(wait)
+
+    def _limit_waiting(self, task: Task, timeout: float) -> None:
+        heappush(self._timeouts, (self._now + timeout, task.order, task))
+        if len(self._timeouts) > 64 + 2 * len(self.tasks):
+            self._timeouts = [entry for entry in self._timeouts if entry[2].attempt == 0 and entry[2].key in self.tasks]
+            heapify(self._timeouts)
+
+    def _unregistered(self, spec: Spec) -> str:
+        names = ", ".join(map(str, spec.targets or ()))
+        which = f"engine {names} is" if len(spec.targets or ()) == 1 else f"none of the engines {names} is"
+        return f"{which} not registered; see `ids` of the client for those that are"
+
+    def _on_finished(self, event: Finished) -> None:
+        engine_id, session, records = event
+        engine = self.engines.get(engine_id)
+        if engine is None:
+            return
+        outstanding, tasks, outcomes, dependents = engine.outstanding, self.tasks, self._outcomes, self._dependents
+        good, bad = (True, engine_id), (False, engine_id)
+        counted: List[int] = []
+        spec: Optional[Spec] = None
+        total, n = 0.0, 0
+        for at, record in enumerate(records):
+            key = (session, record[0])
+            task = outstanding.get(key)
+            if task is None or task.attempt != record[5]:
+                continue
+            del outstanding[key]
+            engine.backlog -= task.est
+            if task.spec is not spec:
+                self._measure(spec, total, n)
+                spec, total, n = task.spec, 0.0, 0
+            total += record[2]
+            n += 1
+            if record[6] == OK:
+                outcomes[key] = good
+            elif self._again(task, record[6]):
+                continue
+            else:
+                outcomes[key] = bad
+            self._move(task, DONE)
+            del tasks[key]
+            counted.append(at)
+            if dependents and key in dependents:
+                self._ends.append((key, good if record[6] == OK else bad))
+        if n:
+            self._measure(spec, total, n)
+            engine.progress, engine.stuck = self._now, False
+            engine.done += len(counted)
+            self.ended[DONE] += len(counted)
+            self._touched[engine] = None
+        if counted:
+            everything = len(counted) == len(records)
+            self._effects.append(Accept(engine_id, session, None if everything else counted))
+
+    def _measure(self, spec: Optional[Spec], total: float, n: int) -> None:
+        if spec is not None:
+            recent = total / n
+            if not FLOOR_S <= recent < math.inf:
+                recent = FLOOR_S
+            old = self._estimates.get(spec.function)
+            self._estimates[spec.function] = recent if old is None or recent > old else old + DECAY * (recent - old)
+
+    def _again(self, task: Task, status: int) -> bool:
+        """Whether the result of a task that raised, or that its engine refused, does not count."""
+        engine_id = task.engine or 0
+        if status != UNMET:
+            if task.aborted or task.failures >= task.spec.retries:
+                return False
+            task.failures += 1
+            note = f"failed {task.failures} times of at most {task.spec.retries + 1}"
+        else:
+            task.refused = (task.refused or frozenset()) | {engine_id}
+            note = "refused"
+        task.excluded = (task.excluded or frozenset()) | {engine_id}
+        if task.aborted:
+            self._fail(task, "TaskAborted", "the task was aborted before it started")
+        elif self._fits(task):
+            self._move(task, READY, note)
+            self._place(task)
+        else:
+            self._fail(task, "ImpossibleDependency", "no engine meets the dependencies of the task")
+        return True
+
+    def _on_returned(self, event: Returned) -> None:
+        engine = self.engines.get(event.engine_id)
+        if engine is None:
+            return
+        self._touched[engine] = None
+        for seq, attempt in event.ids:
+            task = engine.outstanding.get((event.session, seq))
+            if task is None or task.attempt != attempt:
+                continue
+            del engine.outstanding[task.key]
+            engine.backlog -= task.est
+            if task.aborted:
+                self._fail(task, "TaskAborted", "the task was aborted before it started")
+            else:
+                self._move(task, READY, "given back")
+                self._place(task)
+
+    def _on_engine_up(self, event: EngineUp) -> None:
+        if event.engine_id in self.engines:
+            raise ValueError(f"engine {event.engine_id} is up already")
+        engine = self.engines[event.engine_id] = EngineState(event.engine_id, self._now)
+        for queue in self._queues.values():
+            if queue.admits(engine.id):
+                queue.engines[engine] = None
+                engine.queues[queue] = None
+        self._touched[engine] = None
+
+    def _on_engine_down(self, event: EngineDown) -> None:
+        engine = self.engines.pop(event.engine_id, None)
+        if engine is None:
+            return
+        if not self.engines:
+            self._left_at = self._now
+        engine.stamp = -1
+        for group in (self._open, self._idle, self._loaded, self._touched):
+            group.pop(engine, None)
+        lost = list(engine.outstanding.values())
+        running = lost[0].key if lost and event.running == UNKNOWN else event.running
+        stranded: List[Task] = []
+        for queue in engine.queues:
+            del queue.engines[engine]
+            if not queue.engines:
+                del self._queues[queue.allowed, queue.barred]
+                stranded += queue.tasks()
+        why = event.reason
+        ran = isinstance(running, tuple) and running in engine.outstanding
+        for task in lost:
+            if task.key == running:
+                ran = False
+                task.crashes += event.crashed
+                note = why
+            else:
+                note = why + (" (may have run)" if ran else " (not started)")
+            self._lose(task, note)
+        for task in stranded:
+            if self._fits(task) or task.allowed is None and not self.engines:
+                self._place(task)
+            else:
+                self._strand(task, why)
+
+    def _lose(self, task: Task, why: str) -> None:
+        """The engine of a task is gone."""
+        if task.aborted:
+            self._fail(task, "TaskAborted", "the task was aborted; its engine went before it could say whether it had started")
+        elif task.crashes > self.crash_limit:
+            self._fail(task, "EngineError", f"{why}; the task has ended {task.crashes} engines and is not tried again")
+        elif self._fits(task):
+            self._move(task, READY, why)
+            self._place(task)
+        else:
+            self._strand(task, why)
+
+    def _strand(self, task: Task, why: str) -> None:
+        ename = "ImpossibleDependency" if task.refused else "EngineError"
+        self._fail(task, ename, f"{why}; no other engine may run the task")
+
+    def _on_abort(self, event: Abort) -> None:
+        recalls: Dict[int, List[TaskKey]] = {}
+        for seq in event.seqs:
+            task = self.tasks.get((event.session, seq))
+            if task is None or task.aborted:
+                continue
+            if task.state in (WAITING, READY):
+                self._unqueue(task)
+                self._fail(task, "TaskAborted", "the task was aborted before it started")
+                continue
+            task.aborted = True
+            if task.state is ASSIGNED:
+                self._move(task, RECALLED, "aborted")
+                recalls.setdefault(task.engine or 0, []).append(task.key)
+        self._effects += [Recall(engine_id, keys) for engine_id, keys in recalls.items()]
+
+    # queues
+
+    def _queue(self, allowed: Optional[Ids], barred: Optional[Ids]) -> Optional[_Queue]:
+        """The queue of a constraint, about to gain tasks; None if no engine satisfies it."""
+        if allowed is None and barred is None:
+            queue = self._any
+        else:
+            found = self._queues.get((allowed, barred))
+            if found is None:
+                found = _Queue(allowed, barred)
+                ids = self.engines if allowed is None else sorted(i for i in allowed if i in self.engines)
+                found.engines = {self.engines[i]: None for i in ids if found.admits(i)}
+                if not found.engines:
+                    return None
+                for engine in found.engines:
+                    engine.queues[found] = None
+                self._queues[allowed, barred] = found
+            queue = found
+        self._fed[queue] = None
+        return queue
+
+    def _fits(self, task: Task) -> bool:
+        """Whether some engine may run the task. Forgets who failed it if that rules out every one."""
+        allowed, barred, refused = task.allowed, task.excluded, task.refused
+        ids = self.engines if allowed is None else [i for i in allowed if i in self.engines]
+        if not ids:
+            task.excluded = task.refused = None
+            return False
+        if barred and all(i in barred for i in ids):
+            task.excluded = refused
+            return not (refused and all(i in refused for i in ids))
+        return True
+
+    def _place(self, task: Task) -> None:
+        """Put a READY task back into its old place in a queue."""
+        queue = self._queue(task.allowed, task.excluded)
+        assert queue is not None
+        heappush(queue.back, (task.order, task))
+        queue.count += 1
+        task.engine = None
+
+    def _unqueue(self, task: Task) -> None:
+        """A WAITING or READY task is about to end."""
+        if task.wait is not None:
+            del task.wait.tasks[task.key]
+            if not task.wait.tasks:
+                self._undepend(task.wait)
+            return
+        queue = self._any if task.allowed is task.excluded is None else self._queues[task.allowed, task.excluded]
+        queue.forget()
+        if not queue.count:
+            self._drop(queue)
+
+    def _drop(self, queue: _Queue) -> None:
+        """The queue is empty."""
+        if queue is not self._any:
+            del self._queues[queue.allowed, queue.barred]
+            for engine in queue.engines:
+                del engine.queues[queue]
+
+    # dependencies
+
+    def _depend(self, wait: _Wait) -> None:
+        """Count what is known of the tasks that others are about to wait for, and watch the rest."""
+        for tally in wait.tallies():
+            for key in tally.needs.ids:
+                if key in self.tasks:
+                    self._dependents.setdefault(key, {})[tally] = wait
+                    continue
+                outcome = self._outcomes.get(key)
+                if outcome is not None:
+                    tally.note(outcome)
+                else:
+                    tally.unknown = key
+
+    def _undepend(self, wait: _Wait) -> None:
+        for tally in wait.tallies():
+            for key in tally.needs.ids:
+                watchers = self._dependents.get(key)
+                if watchers is not None and watchers.pop(tally, None) and not watchers:
+                    del self._dependents[key]
+
+    def _tell(self, key: TaskKey, outcome: Outcome) -> None:
+        """A task has ended that others wait for."""
+        for tally, wait in self._dependents.pop(key, {}).items():
+            tally.note(outcome)
+            self._judge(wait)
+
+    def _judge(self, wait: _Wait) -> None:
+        """Release the tasks of `wait`, or end them, if it is time."""
+        tallies = wait.tallies()
+        unknown = [t.unknown for t in tallies if t.unknown]
+        verdicts = [t.verdict() for t in tallies]
+        if unknown or False in verdicts:
+            self._undepend(wait)
+            for task in self._take_waiting(wait):
+                if unknown:
+                    self._fail(task, "InvalidDependency", f"the task depends on {msg_id(unknown[0])}, which is not known here, "
+                                                          f"or ended more than {OUTCOMES} tasks ago")
+                else:
+                    self._fail(task, "ImpossibleDependency", "tasks that it depends on did not end as it asks for")
+        elif None not in verdicts:
+            self._undepend(wait)
+            for task in self._take_waiting(wait):
+                self._release(task, wait.follow)
+
+    def _take_waiting(self, wait: _Wait) -> List[Task]:
+        tasks, wait.tasks = list(wait.tasks.values()), {}
+        for task in tasks:
+            task.wait = None
+        return tasks
+
+    def _release(self, task: Task, follow: Optional[_Tally]) -> None:
+        """What the task waited for is there."""
+        if follow is not None and follow.needs.ids:
+            where = frozenset(follow.engines)
+            if follow.needs.all and len(where) > 1:
+                self._fail(task, "ImpossibleDependency", "the tasks to follow ran on different engines")
+                return
+            task.allowed = where if task.allowed is None else where & task.allowed
+            if not any(i in self.engines for i in task.allowed):
+                self._fail(task, "ImpossibleDependency", "no engine where the tasks to follow ran may run it, or is still there")
+                return
+        if self._fits(task) or task.allowed is None:
+            self._move(task, READY)
+            self._place(task)
+        else:
+            self._fail(task, "EngineError", self._unregistered(task.spec))
+
+    # engines
+
+    def _settle(self, engine: EngineState) -> None:
+        """Take note of an engine's new load."""
+        held = len(engine.outstanding)
+        if not held:
+            engine.backlog, engine.stuck = 0.0, False
+            self._idle[engine] = None
+        else:
+            self._idle.pop(engine, None)
+        if held > 1:
+            self._loaded[engine] = None
+        else:
+            self._loaded.pop(engine, None)
+        self._stamps += 1
+        engine.stamp = self._stamps
+        engine.open = not held or not engine.stuck and held < self._cap and engine.backlog < self._limit_s
+        if engine.open:
+            self._open[engine] = None
+            engine.rank = self._rank(engine, self._rng)
+            heappush(self._heap, (engine.rank, engine.stamp, engine))
+            if len(self._heap) > 64 + 4 * len(self.engines):
+                self._heap = [(e.rank, e.stamp, e) for e in self._open]
+                heapify(self._heap)
+        else:
+            self._open.pop(engine, None)
+
+    def _pick(self) -> Optional[EngineState]:
+        """The best of the open engines that have not been picked since they were settled."""
+        found: List[EngineState] = []
+        while self._heap and len(found) < self._choices:
+            _, stamp, engine = heappop(self._heap)
+            if stamp == engine.stamp:
+                found.append(engine)
+        if len(found) < 2:
+            return found[0] if found else None
+        found.sort(key=_by_load)
+        for engine in found[1:]:
+            heappush(self._heap, (engine.rank, engine.stamp, engine))
+        return found[0]
+
+    def _assign(self) -> None:
+        """Give out READY tasks until there are none that an open engine may take."""
+        touched, fed = self._touched, self._fed
+        self._touched, self._fed = {}, {}
+        for engine in touched:
+            self._settle(engine)
+        for queue in fed:
+            touched.update(queue.engines)
+        hungry = [e for e in touched if e.open and e.queues]
+        while hungry:
+            shares: Dict[_Queue, int] = {}
+            hungry.sort(key=_by_rank)
+            for engine in hungry:
+                if self._feed(engine, shares):
+                    self._settle(engine)
+            hungry = [e for e in hungry if e.open and e.queues]
+        queue = self._any
+        while queue.count:
+            shares = {}
+            served = []
+            while queue.count:
+                best = self._pick()
+                if best is None:
+                    break
+                self._feed(best, shares)
+                served.append(best)
+            if not served:
+                break
+            for engine in served:
+                self._settle(engine)
+
+    def _feed(self, engine: EngineState, shares: Dict[_Queue, int]) -> bool:
+        """Give an engine the oldest tasks it may take, of each queue no more than its share."""
+        sources: List[Tuple[int, _Queue, int]] = []  # order of the head, queue, what may be taken of it
+        for queue in (self._any, *engine.queues):
+            head = queue.head()
+            if head is not None:
+                share = shares.get(queue)
+                if share is None:
+                    n = len(self._open) if queue is self._any else min(len(self._open), len(queue.engines))
+                    share = shares[queue] = -(-queue.count // max(1, n))
+                sources.append((head.order, queue, share))
+        if not engine.outstanding:
+            engine.progress = self._now
+        engine.used = self._stamps
+        before = len(engine.outstanding)
+        while sources:
+            sources.sort(key=_by_order)
+            _, queue, share = sources.pop(0)
+            taken = self._take(engine, queue, share, sources[0][0] if sources else math.inf)
+            if not taken:
+                break
+            head = queue.head()
+            if head is None:
+                self._drop(queue)
+            elif taken < share:
+                sources.append((head.order, queue, share - taken))
+        return len(engine.outstanding) > before
+
+    def _take(self, engine: EngineState, queue: _Queue, limit: int, before: float) -> int:
+        """Assign up to `limit` tasks of a queue that are older than `before`, while the engine is open."""
+        outstanding, backlog = engine.outstanding, engine.backlog
+        run = self._runs.get(engine)
+        if run is None:
+            run = self._runs[engine] = []
+        spec: Optional[Spec] = None
+        est, taken, held = 0.0, 0, len(outstanding)
+        while taken < limit and (not held or held < self._cap and backlog < self._limit_s):
+            task = queue.head()
+            if task is None or task.order > before:
+                break
+            queue.pop(task)
+            if task.spec is not spec:
+                spec = task.spec
+                # A function that was never measured fills the engine, so that its first tasks spread.
+                est = self._estimates.get(spec.function) or self.prefetch_s
+            task.engine, task.est = engine.id, est
+            task.attempt += 1
+            self._move(task, ASSIGNED)
+            outstanding[task.key] = task
+            run.append(task)
+            backlog += est
+            taken += 1
+            held += 1
+        engine.backlog = backlog
+        return taken
+
+    # time
+
+    def _expire(self) -> bool:
+        """End what has waited too long. Returns whether there was any."""
+        expired = False
+        while self._timeouts:
+            when, _, task = self._timeouts[0]
+            if when > self._now and task.state in (WAITING, READY):
+                break
+            heappop(self._timeouts)
+            if task.state in (WAITING, READY) and task.attempt == 0:
+                ename = "TaskTimeout" if task.wait is None else "DependencyTimeout"
+                self._unqueue(task)
+                self._fail(task, ename, f"the task waited longer than its timeout of {task.spec.timeout:g} s")
+                expired = True
+        while not self.engines:
+            head = self._any.head()
+            if head is None or max(head.submitted, self._left_at) + self.no_engine_s > self._now:
+                break
+            self._any.pop(head)
+            self._fail(head, "NoEnginesRegistered",
+                       f"there has been no engine for {self.no_engine_s:g} s; start some with `ipcluster engines` or `ipengine`")
+            expired = True
+        return expired
+
+    def _take_back(self) -> None:
+        """Ask engines that get nowhere for their unstarted tasks when others are idle."""
+        if not self._idle or not self._loaded:
+            self._recall_at = None
+            return
+        now = self._now
+        if self._recall_at is None:
+            self._recall_at = now + self.recall_s
+        if now < self._recall_at:
+            return
+        later = math.inf
+        for engine in list(self._loaded):
+            due = engine.progress + self.recall_s
+            if due > now:
+                later = min(later, due)
+            if due <= now or engine.backlog > 2 * self.prefetch_s:
+                self._recall(engine, due <= now)
+        self._recall_at = later if later < math.inf else None
+
+    def _recall(self, engine: EngineState, stuck: bool) -> None:
+        """Ask for unstarted tasks of an engine that an idle one may run: all if it is stuck, else the later half. With a
+        limit of its own on how many tasks an engine holds, which can be much work, always half, lest they go to and fro."""
+        held = list(engine.outstanding.values())[1:]
+        if not stuck or self._limit_s == math.inf:
+            held = held[len(held) // 2 :]
+        chosen = [t for t in held if t.state is ASSIGNED and self._movable(t)]
+        for task in chosen:
+            self._move(task, RECALLED, "wanted elsewhere")
+        if stuck:
+            engine.stuck = True
+            self._settle(engine)
+        if chosen:
+            self._effects.append(Recall(engine.id, [t.key for t in chosen]))
+
+    def _movable(self, task: Task) -> bool:
+        allowed, barred = task.allowed, task.excluded
+        if allowed is None and barred is None:
+            return True
+        return any((allowed is None or e.id in allowed) and (barred is None or e.id not in barred) for e in self._idle)
+
+
+def _by_order(source: Tuple[int, _Queue, int]) -> int:
+    return source[0]
+
+
+_HANDLERS: Dict[type, Callable[[Scheduler, Any], None]] = {
+    Submit: Scheduler._on_submit,
+    Finished: Scheduler._on_finished,
+    Returned: Scheduler._on_returned,
+    EngineUp: Scheduler._on_engine_up,
+    EngineDown: Scheduler._on_engine_down,
+    Abort: Scheduler._on_abort,
+    Tick: lambda scheduler, event: None,
+}

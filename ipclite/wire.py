@@ -1,0 +1,274 @@
+"""Message kinds and their frames: encode, decode, version. No sockets.
+
+A message is a list of frames. The first is one of the constants below (two bytes: version and kind); what follows
+depends on the kind:
+
+    HELLO WELCOME REFUSED EXITED CONTROL ENGINES QUERY REPLY BYE    one JSON object
+    PING PONG                                                       nothing
+    FUNCTION                                                        digest, then the frames of the function
+    FORGET ABORT RETURNED                                           ids, see below
+    TASKS                                                           sections: spec, index, blob, large frames ...
+    RESULTS                                                         sections:       index, blob, large frames ...
+    OUTPUT                                                          session, then a JSON list of [seq, stream, text]
+
+Tasks travel in batches. A *section* holds tasks of one client that share a *spec* (a JSON object: what to do with the
+payload, and under which conditions). Its index is the client's 8-byte session followed by one fixed-size record per task;
+the small payloads lie one after the other in the blob, large ones follow as frames of their own. So a thousand
+tasks cost four frames, and whoever forwards them copies bytes without looking at them.
+
+A payload is `bytes` (small, one piece) or a list of buffers. Rules that hold here: nothing is unpickled, everything
+that comes from outside is checked, and what is wrong raises `ProtocolError`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any, Iterable, Iterator, List, NamedTuple, Sequence, Tuple, Union
+
+from .errors import ProtocolError
+
+VERSION = 1
+
+HELLO, WELCOME, REFUSED = b"\x01H", b"\x01W", b"\x01N"  # first contact: any role to the controller, and its answers
+PING, PONG, BYE = b"\x01P", b"\x01O", b"\x01B"
+FUNCTION, FORGET = b"\x01F", b"\x01D"  # a function's bytes travel once; its owner says when it can be dropped
+TASKS, RESULTS, OUTPUT = b"\x01T", b"\x01R", b"\x01S"
+ABORT = b"\x01A"  # client: take back tasks that have not started
+RETURNED = b"\x01U"  # engine: these tasks were taken back unstarted
+ENGINES = b"\x01E"  # to clients: engines that came and went
+QUERY, REPLY = b"\x01Q", b"\x01Y"
+EXITED = b"\x01X"  # agent: an engine has ended, and why
+CONTROL = b"\x01C"  # to agents: signal, recall, stop
+
+KINDS = frozenset((HELLO, WELCOME, REFUSED, PING, PONG, BYE, FUNCTION, FORGET, TASKS, RESULTS, OUTPUT, ABORT,
+                   RETURNED, ENGINES, QUERY, REPLY, EXITED, CONTROL))
+
+OK, ERROR, UNMET = 0, 1, 2  # status of a result; UNMET: refused, as a dependency does not hold on this engine
+
+INLINE_MAX = 16 * 1024  # larger pieces are not copied into a blob
+BATCH_TASKS = 512  # a message carries at most this many tasks ...
+BATCH_BYTES = 512 * 1024  # ... and about this many bytes of blob, so that nobody is kept from other work for long
+
+SESSION_SIZE = 8
+Buffer = Union[bytes, bytearray, memoryview]
+Payload = Union[bytes, List[Buffer]]
+TaskKey = Tuple[bytes, int]  # a task's id: session of its client, number within it
+
+_TASK = struct.Struct("<QIHH")  # number, bytes in the blob, large frames, attempt (or, from a client, fan-out)
+_RESULT = struct.Struct("<QddIHHB")  # number, start [s since the epoch], run time [s], bytes, frames, attempt, status
+_RESULT_HEAD = struct.Struct("<8sI")  # session, engine id
+_LENGTH = struct.Struct("<I")
+_ID = struct.Struct("<QH")  # number, attempt
+
+
+class Result(NamedTuple):
+    """One task's outcome as an engine reports it. `started` in s since the epoch, `duration` in s."""
+
+    seq: int
+    started: float
+    duration: float
+    attempt: int
+    status: int
+    payload: Payload
+
+
+def msg_id(key: TaskKey) -> str:
+    """The id of a task as users see it: 16 hex digits of the session, then its number."""
+    return f"{key[0].hex()}-{key[1]}"
+
+
+def task_key(text: str) -> TaskKey:
+    """The inverse of `msg_id`.
+
+    Raises:
+        ValueError: not a message id.
+    """
+    session, _, number = text.partition("-")
+    raw = bytes.fromhex(session)
+    if len(raw) != SESSION_SIZE:
+        raise ValueError(f"{text!r} is not a message id")
+    return raw, int(number)
+
+
+def encode_json(kind: bytes, body: Any) -> list[Buffer]:
+    """A message whose body is one JSON object."""
+    return [kind, json.dumps(body, separators=(",", ":")).encode()]
+
+
+def decode_json(frames: Sequence[Any], at: int = 1) -> Any:
+    """The JSON object in frame `at`; a dict unless the kind says otherwise."""
+    try:
+        return json.loads(bytes(frames[at]))
+    except (IndexError, ValueError, RecursionError) as e:
+        raise ProtocolError(f"frame {at} is not JSON: {e}") from None
+
+
+def decode_dict(frames: Sequence[Any]) -> dict[str, Any]:
+    body = decode_json(frames)
+    if not isinstance(body, dict):
+        raise ProtocolError("the body is not a JSON object")
+    return body
+
+
+def encode_error(info: dict[str, Any], pickled: bytes = b"") -> bytes:
+    """The payload of a failed task: what `errors.remote_error` takes, then the pickled exception if there is one."""
+    text = json.dumps(info, separators=(",", ":"), default=str).encode()
+    return _LENGTH.pack(len(text)) + text + pickled
+
+
+def decode_error(payload: Payload) -> tuple[dict[str, Any], bytes]:
+    """The inverse of `encode_error`: (info, pickled exception)."""
+    whole = payload if isinstance(payload, bytes) else b"".join(payload)
+    if len(whole) < _LENGTH.size:
+        raise ProtocolError("an error is cut short")
+    end = _LENGTH.size + _LENGTH.unpack_from(whole)[0]
+    return decode_dict([b"", whole[_LENGTH.size : end]]), whole[end:]
+
+
+def _add_payload(payload: Payload, blob: list[Buffer], large: list[Buffer]) -> tuple[int, int]:
+    """Put a payload where it belongs; returns its bytes in the blob and its number of large frames."""
+    if type(payload) is bytes:
+        if len(payload) <= INLINE_MAX:
+            blob.append(payload)
+            return len(payload), 0
+        large.append(payload)
+        return 0, 1
+    first = payload[0]
+    if type(first) is bytes and 0 < len(first) <= INLINE_MAX:
+        blob.append(first)
+        large.extend(payload[1:])
+        return len(first), len(payload) - 1
+    large.extend(payload)
+    return 0, len(payload)
+
+
+def encode_tasks(spec: bytes, session: bytes, tasks: Iterable[tuple[int, int, Payload]]) -> list[Buffer]:
+    """One section of a TASKS message.
+
+    Args:
+        spec: the JSON object shared by the tasks.
+        session: the 8 bytes that name their client.
+        tasks: (number, attempt or fan-out, payload) of each.
+    """
+    index: list[bytes] = [session]
+    blob: list[Buffer] = []
+    large: list[Buffer] = []
+    record = _TASK.pack
+    for seq, extra, payload in tasks:
+        if type(payload) is bytes and len(payload) <= INLINE_MAX:
+            blob.append(payload)
+            index.append(record(seq, len(payload), 0, extra))
+        else:
+            size, frames = _add_payload(payload, blob, large)
+            index.append(record(seq, size, frames, extra))
+    return [spec, b"".join(index), b"".join(blob), *large]
+
+
+def decode_tasks(frames: Sequence[Any]) -> Iterator[tuple[bytes, bytes, list[tuple[int, int, Payload]]]]:
+    """The sections of a TASKS message: (spec, session, [(number, attempt or fan-out, payload), ...])."""
+    at, end = 1, len(frames)
+    while at < end:
+        if at + 3 > end:
+            raise ProtocolError("a section of tasks is cut short")
+        spec, index, blob = bytes(frames[at]), bytes(frames[at + 1]), bytes(frames[at + 2])
+        records = _records(_TASK, index, SESSION_SIZE)
+        at += 3
+        tasks: list[tuple[int, int, Payload]] = []
+        start = 0
+        for seq, size, large, extra in records:
+            stop = start + size
+            if large:
+                payload: Payload = [blob[start:stop], *frames[at : at + large]] if size else list(frames[at : at + large])
+                at += large
+            else:
+                payload = blob[start:stop]
+            tasks.append((seq, extra, payload))
+            start = stop
+        if start != len(blob) or at > end:
+            raise ProtocolError("the index of a section of tasks does not fit its frames")
+        yield spec, index[:SESSION_SIZE], tasks
+
+
+def _records(form: struct.Struct, index: bytes, head: int) -> Iterator[tuple[Any, ...]]:
+    if len(index) < head or (len(index) - head) % form.size:
+        raise ProtocolError("an index has the wrong length")
+    return form.iter_unpack(memoryview(index)[head:])
+
+
+def encode_results(session: bytes, engine_id: int, results: Iterable[Result]) -> list[Buffer]:
+    """One section of a RESULTS message: outcomes of tasks of one client on one engine."""
+    index: list[bytes] = [_RESULT_HEAD.pack(session, engine_id)]
+    blob: list[Buffer] = []
+    large: list[Buffer] = []
+    record = _RESULT.pack
+    for seq, started, duration, attempt, status, payload in results:
+        if type(payload) is bytes and len(payload) <= INLINE_MAX:
+            blob.append(payload)
+            index.append(record(seq, started, duration, len(payload), 0, attempt, status))
+        else:
+            size, frames = _add_payload(payload, blob, large)
+            index.append(record(seq, started, duration, size, frames, attempt, status))
+    return [b"".join(index), b"".join(blob), *large]
+
+
+def result_sections(frames: Sequence[Any]) -> Iterator[tuple[bytes, int, list[tuple[Any, ...]], Sequence[Any]]]:
+    """The sections of a RESULTS message, payloads left where they are.
+
+    Yields:
+        (session, engine id, index records, frames of this section). A record is (number, started, duration,
+        bytes, frames, attempt, status).
+    """
+    at, end = 1, len(frames)
+    while at < end:
+        if at + 2 > end:
+            raise ProtocolError("a section of results is cut short")
+        index = bytes(frames[at])
+        records = list(_records(_RESULT, index, _RESULT_HEAD.size))
+        session, engine_id = _RESULT_HEAD.unpack_from(index)
+        stop = at + 2 + sum([r[4] for r in records])
+        if stop > end or sum([r[3] for r in records]) != len(frames[at + 1]):
+            raise ProtocolError("the index of a section of results does not fit its frames")
+        yield session, engine_id, records, frames[at:stop]
+        at = stop
+
+
+def section_results(records: Iterable[tuple[Any, ...]], section: Sequence[Any]) -> Iterator[Result]:
+    """The results of one section that `result_sections` yielded."""
+    blob = bytes(section[1])
+    start, at = 0, 2
+    for seq, started, duration, size, large, attempt, status in records:
+        stop = start + size
+        if large:
+            payload: Payload = [blob[start:stop], *section[at : at + large]] if size else list(section[at : at + large])
+            at += large
+        else:
+            payload = blob[start:stop]
+        start = stop
+        yield Result(seq, started, duration, attempt, status, payload)
+
+
+def encode_ids(kind: bytes, session: bytes, ids: Iterable[tuple[int, int]]) -> list[Buffer]:
+    """ABORT and RETURNED: (number, attempt) of tasks of one session. A client leaves the attempt 0."""
+    return [kind, session + b"".join([_ID.pack(*i) for i in ids])]
+
+
+def decode_ids(frames: Sequence[Any]) -> tuple[bytes, list[tuple[int, int]]]:
+    """The inverse of `encode_ids`: (session, [(number, attempt), ...])."""
+    if len(frames) != 2:
+        raise ProtocolError("ids take one frame")
+    index = bytes(frames[1])
+    return index[:SESSION_SIZE], list(_records(_ID, index, SESSION_SIZE))  # type: ignore[arg-type]
+
+
+def encode_output(session: bytes, engine_id: int, pieces: list[Any]) -> list[Buffer]:
+    """OUTPUT: pieces [number of the task, "stdout" or "stderr", text] written on an engine."""
+    return [OUTPUT, _RESULT_HEAD.pack(session, engine_id), json.dumps(pieces, separators=(",", ":")).encode()]
+
+
+def decode_output(frames: Sequence[Any]) -> tuple[bytes, int, list[Any]]:
+    """The inverse of `encode_output`: (session, engine id, pieces)."""
+    if len(frames) != 3 or len(frames[1]) != _RESULT_HEAD.size:
+        raise ProtocolError("an output message has the wrong frames")
+    session, engine_id = _RESULT_HEAD.unpack(bytes(frames[1]))
+    return session, engine_id, decode_json(frames, 2)
