@@ -186,11 +186,11 @@ def _cpu_s(processes: list[psutil.Process]) -> float:
     """CPU time of the processes, from the scheduler's clock where there is one: ticks of 10 ms hide a small cost."""
     total = 0.0
     for process in processes:
-        clocks = list(Path(f"/proc/{process.pid}/task").glob("*/schedstat"))
-        if clocks:
-            total += sum(int(clock.read_text().split()[0]) for clock in clocks) / 1e9
-        else:
-            total += sum(process.cpu_times()[:2])
+        try:
+            clocks = [path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/schedstat")]
+        except OSError:  # a thread ended in between
+            clocks = []
+        total += sum(int(clock.split()[0]) for clock in clocks) / 1e9 if clocks else sum(process.cpu_times()[:2])
     return total
 
 
@@ -221,7 +221,7 @@ def compare(systems: list[str], rounds: int, idle_rounds: int) -> tuple[Cells, l
             print(f"\rround {number + 1} of {rounds}: {system:<20}", end="", file=sys.stderr, flush=True)
             try:
                 found, left = measure(system, idle=number < idle_rounds)
-            except Failed as e:
+            except (Failed, psutil.Error) as e:
                 remarks.append(f"{system} failed in round {number + 1}: {e}")
                 continue
             for row, value in found.items():
@@ -291,7 +291,7 @@ def main() -> None:
     """Measure, print the table and the targets, write the JSON."""
     parser = argparse.ArgumentParser(description="Compare ipclite with its peers and with raw pyzmq.")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--quick", action="store_true", help="3 rounds, under 2 minutes without peers (default)")
+    length.add_argument("--quick", action="store_true", help="5 rounds, with peers 3 (default)")
     length.add_argument("--full", action="store_true", help="9 rounds")
     parser.add_argument("--peers", action="store_true", help="also " + ", ".join(PEERS) + ", those that are installed")
     parser.add_argument("--systems", help="these only, separated by commas")
@@ -305,7 +305,8 @@ def main() -> None:
     absent = [s for s in systems if importlib.util.find_spec(SYSTEMS[s].module) is None]
     adopt_orphans()
     started = time.time()
-    cells, remarks = compare([s for s in systems if s not in absent], *((9, 3) if options.full else (3, 1)))
+    rounds, idle_rounds = (9, 3) if options.full else (3 if options.peers else 5, 1)
+    cells, remarks = compare([s for s in systems if s not in absent], rounds, idle_rounds)
     remarks += [f"{system} is not installed" for system in absent]
     where, found = machine(systems), verdicts(cells)
     print(f"{where['usable_cores']} cores, Python {where['python']}, "

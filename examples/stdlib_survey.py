@@ -16,6 +16,7 @@ from pathlib import Path
 import ipclite as ipp
 
 ENGINES = 4
+STDLIB = sysconfig.get_path("stdlib")
 
 
 def survey(path):
@@ -26,7 +27,7 @@ def survey(path):
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError) as e:
-        return {"path": path, "error": f"{type(e).__name__}: {e}"}
+        return {"path": path, "error": f"{type(e).__name__}: {getattr(e, 'msg', e)}"}
     kinds, imports = Counter(), Counter()
     for node in ast.walk(tree):
         kinds[type(node).__name__] += 1
@@ -40,8 +41,7 @@ def survey(path):
 
 def stdlib_files():
     """Paths of the standard library's sources, without packages that were installed later."""
-    root = Path(sysconfig.get_path("stdlib"))
-    return [str(p) for p in sorted(root.rglob("*.py")) if not {"site-packages", "dist-packages"} & set(p.parts)]
+    return [str(p) for p in sorted(Path(STDLIB).rglob("*.py")) if not {"site-packages", "dist-packages"} & set(p.parts)]
 
 
 def report(found):
@@ -56,14 +56,14 @@ def report(found):
     if bad:
         print(f"  {len(bad)} could not be parsed:")
         for f in bad:
-            print(f"    {f['path']}: {f['error'][:80]}")
+            print(f"    {os.path.relpath(f['path'], STDLIB)}: {f['error']}")
 
 
 def main():
     """Survey with the cluster, then in this process alone, and compare."""
     paths = stdlib_files()
     megabytes = sum(len(Path(p).read_bytes()) for p in paths) / 1e6  # also brings the files into the disk cache
-    print(f"{len(paths):,} source files, {megabytes:.1f} MB, in {sysconfig.get_path('stdlib')}")
+    print(f"{len(paths):,} source files, {megabytes:.1f} MB, in {STDLIB}")
 
     start = time.perf_counter()
     with ipp.Cluster(n=ENGINES) as rc:

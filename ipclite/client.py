@@ -1,18 +1,16 @@
-"""The client's side of the connection: `Client`, its futures and its queries.
+"""The client: `Client`, its views of the engines and its queries.
 
-    views ── _submit ──► outbox ── _flush ──► socket          the thread that waits for a result sends it itself
-    AsyncResult ◄── _arrive ── _on_results ◄── io thread ◄── socket
+    views ──► Connection.submit          Connection ──► _on_message ──► ids, replies
 
-A daemon thread receives, resolves futures and sends what nobody waits for. Rules that hold here: the socket is used under
-`_sock_lock` only; numbers, `_pending` and the outbox change under `_mutex`; who holds both took `_sock_lock` first; futures are
-resolved and callbacks run with neither held.
+Everything that is sent and received goes through the `Connection`; this file knows what the messages between client and
+controller mean, apart from those about a single task.
 """
 
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
-import selectors
 import socket
 import sys
 import threading
@@ -22,13 +20,10 @@ from pathlib import Path
 from typing import Any, Iterator, Optional, Sequence, Union
 
 from . import config, net, pack, wire
-from .errors import ConnectError, ConnectionFileError, ControllerLost, EngineError, PackError, ProtocolError
-from .results import AsyncResult, Outcome, progress
+from .connection import Connection
+from .errors import ConnectError, ConnectionFileError, ControllerLost, EngineError
+from .results import AsyncResult, progress
 from .views import DirectView, LoadBalancedView
-
-FUNCTIONS_KEPT = 256  # functions whose bytes the controller and the engines hold for us
-TICK_S = 1.0
-TAKE = 256  # messages handled before the next look at the outbox
 
 _clients: "weakref.WeakSet[Client]" = weakref.WeakSet()
 
@@ -57,46 +52,32 @@ class Client:
         self.session = os.urandom(wire.SESSION_SIZE)
         self._engines: dict[int, dict[str, Any]] = {}
         self._uuids: dict[int, str] = {}
-        self._changed = threading.Condition()
-        self._mutex = threading.Lock()
-        self._sock_lock = threading.Lock()
-        self._outbox: list[tuple[Optional[bytes], Any]] = []
-        self._awake = False
-        self._next = 1
-        self._sent_up_to = 1
-        self._pending: dict[int, tuple[AsyncResult, int]] = {}
-        self._functions: dict[bytes, int] = {}  # digest -> number of the last task that uses it
-        self._queries: dict[int, list[Any]] = {}
-        self._lost: Optional[Exception] = None
+        self._condition = threading.Condition()
+        self._numbers = itertools.count(1)
+        self._replies: dict[int, Any] = {}  # of queries: None until they come
         self._closed = False
-        self._pid = os.getpid()
-        self._context = net.Context()
+        context = net.Context()
         try:
-            self._link, welcome = self._connect(connection_info, profile, profile_dir, ipython_dir, cluster_id, timeout)
+            link, welcome = self._connect(context, connection_info, profile, profile_dir, ipython_dir, cluster_id, timeout)
         except BaseException:
-            self._context.term()
+            context.term()
             raise
-        self._max_task_bytes: int = welcome["max_task_bytes"]
-        self._silence_s: float = welcome["silence_s"]
         self.cluster_id: str = welcome["cluster_id"]
         self._on_engines({"joined": welcome["engines"]})
         self._path = _import_path()
-        self._wake_r, self._wake_w = socket.socketpair()
-        self._wake_r.setblocking(False)
-        self._wake_w.setblocking(False)
-        self._thread = threading.Thread(target=_serve, args=(weakref.ref(self), self._wake_r, self._link), name="ipclite-client",
-                                        daemon=True)
-        self._thread.start()
+        on_message, on_lost = weakref.WeakMethod(self._on_message), weakref.WeakMethod(self._on_lost)
+        self._connection = Connection(context, link, welcome, self.session, lambda frames: _call(on_message, frames),
+                                      lambda: _call(on_lost))
         _clients.add(self)
 
-    def _connect(self, given: Any, profile: Optional[str], profile_dir: Optional[str], ipython_dir: Optional[str],
+    def _connect(self, context: Any, given: Any, profile: Optional[str], profile_dir: Optional[str], ipython_dir: Optional[str],
                  cluster_id: Optional[str], timeout_s: float) -> tuple[net.Link, dict[str, Any]]:
         deadline = time.monotonic() + timeout_s
         hello = {"role": "client", "protocol": wire.VERSION, "session": self.session.hex(), "pid": os.getpid(),
                  "host": socket.gethostname(), "python": sys.version.split()[0]}
         if isinstance(given, dict):
             info = config.check_connection(given, "the connection information", "client", wire.VERSION)
-            return net.greet(self._context, info, hello, timeout_s)
+            return net.greet(context, info, hello, timeout_s)
         path = Path(given) if given is not None else config.connection_file(
             config.find_profile_dir(profile, profile_dir, ipython_dir), cluster_id or "", "client")
         while True:
@@ -106,7 +87,7 @@ class Client:
                 if dead:
                     raise ConnectionFileError(f"{path} is of a run that has ended ({dead}); start a cluster with "
                                               "'ipcluster start -n 4'")
-                return net.greet(self._context, info, hello, max(0.1, deadline - time.monotonic()))
+                return net.greet(context, info, hello, max(0.1, deadline - time.monotonic()))
             except (ConnectionFileError, ConnectError):
                 # A file may be about to appear or to be replaced by a new run's; what is wrong with it then counts.
                 if given is not None and not path.exists() and time.monotonic() > deadline - timeout_s + 1.0:
@@ -135,7 +116,8 @@ class Client:
         return self.direct_view(key)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"lost: {self._lost}" if self._lost else f"{len(self)} engines"
+        lost = self._connection.lost
+        state = "closed" if self._closed else f"lost: {lost}" if lost else f"{len(self)} engines"
         return f"<Client({self.cluster_id!r}): {state}>"
 
     def _targets(self, targets: Any) -> tuple[list[int], bool]:
@@ -192,12 +174,12 @@ class Client:
         show: Any = None
         try:
             while True:
-                with self._changed:
+                with self._condition:
                     if len(self._engines) >= n:
                         return
-                    self._changed.wait(0.1)
-                if self._lost:
-                    raise self._lost
+                    self._condition.wait(0.1)
+                if self._connection.lost:
+                    raise self._connection.lost
                 waited = time.monotonic() - started
                 if timeout is not None and 0 <= timeout < waited and len(self._engines) < n:
                     raise TimeoutError(f"{n} engines are not ready after {timeout:g} s; {_count(self.ids)}")
@@ -214,182 +196,25 @@ class Client:
     def _engine_uuid(self, engine_id: int) -> Optional[str]:
         return self._uuids.get(engine_id)
 
-    # --- submitting
+    # --- messages
 
     def _function(self, f: Any) -> str:
-        """Make sure that the controller has a function; its name there."""
-        digest, payload = pack.pack_function(f)
-        if digest not in self._functions:
-            self._check_size(payload)
-            frames = [wire.FUNCTION, digest, *([payload] if isinstance(payload, bytes) else payload)]
-            with self._mutex:
-                self._outbox.append((None, frames))
-                if len(self._functions) >= FUNCTIONS_KEPT:
-                    self._forget_functions()
-        self._functions[digest] = self._next
-        return digest.hex()
-
-    def _forget_functions(self) -> None:
-        """Tell the others to drop the functions that no unfinished task needs, oldest first."""
-        oldest = next(iter(self._pending), self._next)
-        free = [d for d, last in sorted(self._functions.items(), key=lambda item: item[1]) if last < oldest]
-        dropped = free[: FUNCTIONS_KEPT // 2]
-        for digest in dropped:
-            del self._functions[digest]
-        if dropped:
-            self._outbox.append((None, [wire.FORGET, *dropped]))
-
-    def _check_size(self, payload: Any) -> None:
-        size = len(payload) if isinstance(payload, bytes) else sum(memoryview(piece).nbytes for piece in payload)
-        if size > self._max_task_bytes:
-            raise PackError(f"the task's data are {size / 2**30:.1f} GiB, and the controller takes {self._max_task_bytes / 2**30:.1f} GiB "
-                            "at most (half of its memory); send smaller pieces, or a path to a file")
-
-    def _submit(self, ar: AsyncResult, tasks: Sequence[tuple[bytes, Any, int]], wake: bool = True) -> AsyncResult:
-        """Queue the tasks of one call.
-
-        Args:
-            ar: their future.
-            tasks: (spec, payload, number of engines that it goes to) of each.
-            wake: False if the caller is about to wait, and so to flush, by itself.
-        """
-        for _, payload, _ in tasks:
-            if type(payload) is not bytes:
-                self._check_size(payload)
-        with self._mutex:
-            if self._lost is not None:
-                raise self._lost
-            first = self._next
-            total = len(tasks) if len(tasks) == 1 and tasks[0][2] == 1 else sum([count for _, _, count in tasks])
-            self._next = first + total
-            ar._sent_as(first, total)
-            seq = first
-            for spec, payload, count in tasks:
-                self._outbox.append((spec, (seq, count, payload)))
-                seq += count
-            for i in range(total):
-                self._pending[first + i] = (ar, i)
-            wake = wake and not self._awake
-            if wake:
-                self._awake = True
-        if wake:
-            self._wake()
-        return ar
-
-    def _wake(self) -> None:
-        try:
-            self._wake_w.send(b"!")
-        except (BlockingIOError, OSError):
-            pass  # it is awake, or the client is being closed
-
-    def _flush(self) -> None:
-        """Send what is in the outbox, in the calling thread."""
-        if self._outbox and self._lost is None:
-            with self._sock_lock:
-                self._send_outbox()
-                more = self._lost is None and net.readable(self._link.sock)
-            if more:  # our send took the notice of a message that the io thread waits for
-                self._wake()
-
-    def _send_outbox(self) -> None:
-        """The caller holds `_sock_lock`."""
-        if self._pid != os.getpid():
-            raise ControllerLost("this Client was made before the process forked and can not be used in the child: make a new one")
-        with self._mutex:
-            outbox, self._outbox = self._outbox, []
-            self._awake = False
-            self._sent_up_to = self._next
-        if self._lost is not None:
-            return
-        sock = self._link.sock
-        message: list[Any] = [wire.TASKS]
-        section: list[Any] = []
-        spec: Optional[bytes] = None
-        count, size = 0, 0
-        for kind, body in outbox:
-            if kind is not spec or count >= wire.BATCH_TASKS or size >= wire.BATCH_BYTES:
-                if section and spec is not None:
-                    message += wire.encode_tasks(spec, self.session, section)
-                    section = []
-                if kind is None or count >= wire.BATCH_TASKS or size >= wire.BATCH_BYTES:
-                    if len(message) > 1:
-                        net.send(sock, message)
-                        message = [wire.TASKS]
-                    count = size = 0
-                spec = kind
-            if kind is None:
-                net.send(sock, body)
-            else:
-                section.append(body)
-                count += 1
-                size += len(body[2]) if type(body[2]) is bytes else wire.INLINE_MAX
-        if section and spec is not None:
-            message += wire.encode_tasks(spec, self.session, section)
-        if len(message) > 1:
-            net.send(sock, message)
-
-    # --- the io thread
-
-    def _turn(self) -> bool:
-        """Send, receive, resolve. Returns whether to look again at once."""
-        messages: list[list[Any]] = []
-        with self._sock_lock:
-            if self._closed:
-                return False
-            self._send_outbox()
-            while len(messages) < TAKE and net.readable(self._link.sock):
-                messages.append(net.recv(self._link.sock))
-            lost = self._link.check() if not messages else None
-        now = time.monotonic()
-        if messages:
-            self._heard = now
-        for frames in messages:
-            try:
-                self._on_message(frames)
-            except ProtocolError as e:
-                self._lose(ControllerLost(f"the controller sent a malformed message: {e}"))
-        if lost is None and now - self._heard > self._silence_s:
-            lost = f"the controller at {self._link.address} said nothing for {now - self._heard:.0f} s"
-        if lost is not None and self._lost is None:
-            self._lose(ControllerLost(lost))
-        return bool(messages)
-
-    _heard = float("inf")
+        """The name that the controller knows a function by; it is sent if need be."""
+        return self._connection.function(*pack.pack_function(f))
 
     def _on_message(self, frames: list[Any]) -> None:
         kind = frames[0]
-        if kind == wire.RESULTS:
-            self._on_results(frames)
-        elif kind == wire.OUTPUT:
-            _, _, pieces = wire.decode_output(frames)
-            for seq, name, text in pieces:
-                waiting = self._pending.get(seq)
-                if waiting is not None:
-                    waiting[0]._write(waiting[1], name, text)
-        elif kind == wire.ENGINES:
+        if kind == wire.ENGINES:
             self._on_engines(wire.decode_dict(frames))
         elif kind == wire.REPLY:
             body = wire.decode_dict(frames)
-            query = self._queries.pop(body.get("id", 0), None)
-            if query is not None:
-                query[1] = body
-                query[0].set()
-        elif kind == wire.BYE:
-            self._lose(ControllerLost(f"the controller ended: {wire.decode_dict(frames).get('reason')}"))
-        elif kind == wire.REFUSED:
-            self._lose(ControllerLost(f"the controller refused us: {wire.decode_dict(frames).get('reason')}"))
-
-    def _on_results(self, frames: list[Any]) -> None:
-        now = time.time()
-        pop = self._pending.pop
-        for _, engine_id, records, section in wire.result_sections(frames):
-            for seq, started, duration, attempt, status, payload in wire.section_results(records, section):
-                waiting = pop(seq, None)
-                if waiting is not None:
-                    waiting[0]._arrive(waiting[1], Outcome(engine_id, started, duration, attempt, status, payload, now))
+            with self._condition:
+                if body.get("id") in self._replies:
+                    self._replies[body["id"]] = body
+                    self._condition.notify_all()
 
     def _on_engines(self, news: dict[str, Any]) -> None:
-        with self._changed:
+        with self._condition:
             engines = dict(self._engines)
             for engine in news.get("joined", ()):
                 engines[engine["id"]] = engine
@@ -397,24 +222,12 @@ class Client:
             for id in news.get("left", ()):
                 engines.pop(int(id), None)
             self._engines = engines
-            self._changed.notify_all()
+            self._condition.notify_all()
 
-    def _lose(self, error: Exception) -> None:
-        """The connection is gone: nothing that waits may wait on."""
-        with self._mutex:
-            if self._lost is None:
-                self._lost = error
-            pending, self._pending = self._pending, {}
-            queries, self._queries = self._queries, {}
-        payload = wire.encode_error({"ename": type(error).__name__, "evalue": str(error), "own": True})
-        now = time.time()
-        for ar, i in pending.values():
-            ar._arrive(i, Outcome(0xFFFFFFFF, now, 0.0, 0, wire.ERROR, payload, now))
-        for query in queries.values():
-            query[0].set()
-        with self._changed:
+    def _on_lost(self) -> None:
+        with self._condition:
             self._engines = {}
-            self._changed.notify_all()
+            self._condition.notify_all()
 
     # --- queries and orders
 
@@ -425,23 +238,20 @@ class Client:
             TimeoutError: no answer in `timeout` s.
             ControllerLost: it is gone.
         """
-        event = threading.Event()
-        query: list[Any] = [event, None]
-        with self._mutex:
-            if self._lost is not None:
-                raise self._lost
-            number = id(query)
-            self._queries[number] = query
-            self._outbox.append((None, wire.encode_json(wire.QUERY, {"id": number, "what": what, **arguments})))
-        self._flush()
-        if not event.wait(timeout):
-            self._queries.pop(number, None)
-            raise TimeoutError(f"the controller did not answer {what!r} in {timeout:g} s")
-        if query[1] is None:
-            raise self._lost or ControllerLost("the connection was closed")
-        if "error" in query[1]:
-            raise ValueError(query[1]["error"])
-        return query[1].get("value")
+        number = next(self._numbers)
+        self._replies[number] = None
+        try:
+            self._connection.post(wire.encode_json(wire.QUERY, {"id": number, "what": what, **arguments}))
+            if not self._connection.wait(lambda: self._replies[number] or self._connection.lost, self, timeout):
+                raise TimeoutError(f"the controller did not answer {what!r} in {timeout:g} s")
+            reply = self._replies[number]
+        finally:
+            del self._replies[number]
+        if reply is None:
+            raise self._connection.lost or ControllerLost("the connection was closed")
+        if "error" in reply:
+            raise ValueError(reply["error"])
+        return reply.get("value")
 
     def queue_status(self, targets: Any = "all") -> dict[Any, Any]:
         """What each engine has to do: {engine id: {"queue": waiting for it alone, "tasks": sent to it, "completed": done},
@@ -468,15 +278,13 @@ class Client:
             jobs: AsyncResults, message ids or a list of these; None: all of this client's.
         """
         if jobs is None:
-            numbers = list(self._pending)
+            numbers = list(self._connection.unfinished)
         else:
             numbers = []
             for job in jobs if isinstance(jobs, (list, tuple, set)) else [jobs]:
                 numbers += range(job._first, job._first + job._count) if isinstance(job, AsyncResult) else [wire.task_key(job)[1]]
-        with self._mutex:
-            if self._lost is None:
-                self._outbox.append((None, wire.encode_ids(wire.ABORT, self.session, [(n, 0) for n in numbers])))
-        self._flush()
+        if self._connection.lost is None:
+            self._connection.post(wire.encode_ids(wire.ABORT, self.session, [(n, 0) for n in numbers]))
 
     def wait(self, jobs: Any = None, timeout: Optional[float] = None) -> bool:
         """Wait for AsyncResults (None: everything that this client has submitted).
@@ -488,7 +296,7 @@ class Client:
             Whether all have ended.
         """
         if jobs is None:
-            jobs = list({id(ar): ar for ar, _ in list(self._pending.values())}.values())
+            jobs = list({id(ar): ar for ar, _ in self._connection.unfinished.values()}.values())
         deadline = None if timeout is None or timeout < 0 else time.monotonic() + timeout
         return all([ar.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
                     for ar in (jobs if isinstance(jobs, (list, tuple, set)) else [jobs])])
@@ -496,27 +304,14 @@ class Client:
     @property
     def outstanding(self) -> set[str]:
         """The ids of the tasks that have not ended."""
-        return {wire.msg_id((self.session, seq)) for seq in list(self._pending)}
+        return {wire.msg_id((self.session, seq)) for seq in self._connection.unfinished}
 
     # --- the end
 
     def close(self) -> None:
         """Close the connection. Tasks go on; results that have not arrived are lost to this client."""
-        if self._closed or self._pid != os.getpid():
-            return
-        with self._sock_lock:
-            if self._lost is None:
-                self._send_outbox()
-                net.send(self._link.sock, [wire.BYE])
-            self._closed = True
-        self._lose(ControllerLost("this Client was closed"))
-        self._wake()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-        self._link.close(1000)
-        self._context.term()
-        self._wake_w.close()
-        self._wake_r.close()
+        self._closed = True
+        self._connection.close()
 
     def __enter__(self) -> "Client":
         return self
@@ -525,38 +320,15 @@ class Client:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_thread", None) is not None and not sys.is_finalizing():
+        if hasattr(self, "_connection") and not sys.is_finalizing():
             self.close()
 
 
-def _serve(reference: "weakref.ref[Client]", wake: socket.socket, link: net.Link) -> None:
-    """The io thread. It holds the client only while there is something to do, so that a forgotten one can go."""
-    selector = selectors.DefaultSelector()
-    fds = [link.sock.get(net.zmq.FD), link.monitor.get(net.zmq.FD)]
-    for source in (*fds, wake):
-        selector.register(source, selectors.EVENT_READ)
-    again = False
-    client = reference()
-    if client is not None:
-        client._heard = time.monotonic()
-    del client
-    try:
-        while True:
-            ready = selector.select(0 if again else TICK_S)
-            if any(key.fileobj is wake for key, _ in ready):
-                try:
-                    wake.recv(4096)
-                except OSError:
-                    return
-            client = reference()
-            if client is None or client._closed:
-                return
-            again = client._turn()
-            if client._lost is not None and not again:
-                selector.unregister(fds[1]) if fds[1] in selector.get_map() else None
-            del client
-    finally:
-        selector.close()
+def _call(method: Any, *args: Any) -> None:
+    """Call a weakly held method unless its object is gone."""
+    bound = method()
+    if bound is not None:
+        bound(*args)
 
 
 def _import_path() -> list[str]:

@@ -14,6 +14,7 @@ Rules that hold here:
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import random
@@ -24,14 +25,13 @@ import sys
 import time
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Awaitable, Callable, Dict, Iterable, List, NoReturn, Optional, Tuple, Type, Union
+from typing import Any, Awaitable, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Tuple, Type, Union
 
 from . import config, launchers
 from .errors import (EXIT_FAILURE, AlreadyRunning, AlreadyStopped, ConfigError, ConnectionFileError, IPythonError,
-                     LauncherError, NoCluster, UserError)
+                     KernelError, LauncherError, NoCluster, UserError)
 
 POLL_S = 0.005  # between two looks for the controller's connection file
-SLICE_S = 0.5  # of waiting for engines, between two looks at the processes
 TAIL_LINES = 20
 KEPT = ("n", "cluster_id", "profile_dir", "controller_args", "controller_ip", "controller_location", "engine_timeout")
 Launcher = Union[str, Type[launchers.BaseLauncher]]
@@ -39,7 +39,7 @@ Launcher = Union[str, Type[launchers.BaseLauncher]]
 
 def cluster_file_path(profile_dir: config.PathLike, cluster_id: str) -> Path:
     """`<profile>/security/cluster-<cluster_id>.json`"""
-    return Path(profile_dir, "security", f"cluster-{cluster_id}.json")
+    return config.cluster_file(profile_dir, cluster_id)
 
 
 def available_cpus() -> int:
@@ -126,6 +126,7 @@ class Cluster:
         self.reason = ""  # why the controller of a cluster from a file is not running, as its log tells
         self._pid = os.getpid()  # a forked child does not own the cluster
         self._client: Any = None
+        self._noted = False  # is the cluster file ours?
 
     def _take(self, settings: config.Settings) -> None:
         """Take what the command line, the config file and the arguments say."""
@@ -204,12 +205,9 @@ class Cluster:
             LauncherError: something ended before it was ready; names the reason. Nothing is left behind.
         """
         self.start_controller_sync()
-        try:
+        with self._all_or_nothing():
             self.start_engines_sync(n)
             self.connection_file()
-        except BaseException:
-            self.stop_cluster_sync()
-            raise
         return self
 
     def connect_client_sync(self, **kwargs: Any) -> Any:
@@ -217,7 +215,7 @@ class Cluster:
         from .client import Client
 
         kwargs.setdefault("timeout", self.engine_timeout)
-        return Client(os.fspath(self.connection_file()), **kwargs)
+        return Client(os.fspath(self.connection_file()), cluster=self, **kwargs)
 
     def start_and_connect_sync(self, n: Optional[int] = None) -> Any:
         """Start everything; returns a connected `Client` when all engines are there.
@@ -227,14 +225,21 @@ class Cluster:
         """
         n = self.n if n is None else n
         if self.controller is None:
-            self.start_cluster_sync(n)
-        try:
+            self.start_controller_sync()
+        with self._all_or_nothing():
+            if not self.engines:
+                self.start_engines_sync(n)
             client = self.connect_client_sync()
             self.wait_for_engines(client, n)
+        return client
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException:
             self.stop_cluster_sync()
             raise
-        return client
 
     def connection_file(self) -> Path:
         """Path of the client's connection file, once the controller that we started has written it.
@@ -261,19 +266,19 @@ class Cluster:
         Raises:
             LauncherError: something ended before, or `engine_timeout` passed.
         """
-        deadline = time.monotonic() + self.engine_timeout
-        while True:
-            try:
-                client.wait_for_engines(n, timeout=min(SLICE_S, max(0.0, deadline - time.monotonic())))
-                return
-            except TimeoutError:
-                self._check_processes()
-                if time.monotonic() > deadline:
-                    raise LauncherError(f"{len(client.ids)} of {n} engines were ready after {self.engine_timeout:g} s."
-                                        + self._tails(self.engines.values())) from None
-            except IPythonError:
-                self._check_processes()  # tells more
-                raise
+        try:
+            client.wait_for_engines(n, timeout=self.engine_timeout)
+        except KernelError:
+            self._check_processes()  # tells more
+            raise
+        except TimeoutError:
+            raise LauncherError(f"{len(client.ids)} of {n} engines were ready after {self.engine_timeout:g} s."
+                                + self._tails(self.engines.values())) from None
+
+    def _engines_ended(self) -> str:
+        """Why one of our engine sets has ended, or ""; `Client.wait_for_engines` asks."""
+        ended = [launcher for launcher in self.engines.values() if not launcher.running]
+        return str(ended[0].stop_data.get("reason", "ended")) if ended else ""
 
     def _check_processes(self) -> None:
         everything: List[launchers.BaseLauncher] = [*self.engines.values(), *filter(None, [self.controller])]
@@ -332,6 +337,7 @@ class Cluster:
                 raise AlreadyRunning(f"A controller (pid {info['pid']} on {info['host']}) already serves "
                                      f"{_label(self.cluster_id)}; stop it, choose another cluster id, or remove {path} "
                                      "if it is gone.")
+            config.remove_sockets(info)
             if not info.get("reuse"):
                 self.log.info("Removing %s: %s.", path, dead)
                 path.unlink()
@@ -397,8 +403,10 @@ class Cluster:
             path = config.connection_file(self.profile_dir, self.cluster_id, role)
             try:
                 info = config.read_connection(path)
-                if controller.wrote(info) and not info.get("reuse"):
-                    path.unlink()
+                if controller.wrote(info):
+                    config.remove_sockets(info)
+                    if not info.get("reuse"):
+                        path.unlink()
             except ConnectionFileError:
                 pass  # it is not there, or not ours
 
@@ -442,8 +450,7 @@ class Cluster:
     def to_dict(self) -> Dict[str, Any]:
         """What the cluster file holds: how it was made, and the state of each launcher. No secrets."""
         how = {key: getattr(self, key) for key in KEPT}
-        found: Dict[str, Any] = {"cluster": {**how, "class": f"{type(self).__module__}.{type(self).__qualname__}",
-                                             "host": self.host, "started": self.started}}
+        found: Dict[str, Any] = {"cluster": {**how, "host": self.host, "started": self.started}}
         if self.controller is not None:
             found["controller"] = {"class": launchers.launcher_name(type(self.controller)),
                                    "state": self.controller.to_dict()}
@@ -489,9 +496,11 @@ class Cluster:
             raise NoCluster(f"There is no cluster file {path}; `ipcluster list` shows what runs, `ipcluster start` "
                             "starts a cluster.")
         try:
-            return cls.from_dict(config.read_json(path), **{"cluster_file": path, **kwargs})
+            self = cls.from_dict(config.read_json(path), **{"cluster_file": path, **kwargs})
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             raise ConnectionFileError(f"{path} is no cluster file ({type(e).__name__}: {e}).") from None
+        self._noted = True
+        return self
 
     def write_cluster_file(self) -> None:
         """Note in the cluster file what runs; remove the file when nothing does."""
@@ -501,10 +510,13 @@ class Cluster:
             self.remove_cluster_file()  # engines of someone else's controller are not a cluster
         else:
             config.write_json(self.cluster_file, self.to_dict(), 0o644)
+            self._noted = True
 
     def remove_cluster_file(self) -> None:
-        if self.cluster_file is not None and self.cluster_file.exists():
+        """Remove the cluster file, if this cluster wrote it or came from it."""
+        if self.cluster_file is not None and self._noted and self.cluster_file.exists():
             self.cluster_file.unlink()
+        self._noted = False
 
     def __repr__(self) -> str:
         states = [f"controller={self.controller.state if self.controller else 'none'}"]
@@ -629,42 +641,49 @@ class Signalled(BaseException):
 
 
 def _on_signal(signum: int, frame: Any) -> NoReturn:
-    raise Signalled(signal.Signals(signum).name)
+    raise Signalled(signal.Signals(signum))
 
 
 def _set_signals(handler: Any) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handler)
+        signum = getattr(signal, name, None)
+        if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:  # which nohup asks for
+            signal.signal(signum, handler)
 
 
 def _start(settings: config.Settings) -> int:
-    cluster = Cluster.from_settings(settings, shutdown_atexit=not settings["Cluster.daemonize"])
-    return _serve(cluster, settings, "start_cluster_sync")
+    def start(cluster: Cluster) -> None:
+        cluster.start_and_connect_sync().close()
+
+    return _serve(Cluster.from_settings(settings, shutdown_atexit=not settings["Cluster.daemonize"]), settings, start)
 
 
 def _engines(settings: config.Settings) -> int:
-    cluster = Cluster.from_settings(settings, shutdown_atexit=not settings["Cluster.daemonize"], cluster_file="")
-    return _serve(cluster, settings, "start_engines_sync")
+    def start(cluster: Cluster) -> None:
+        with cluster.connect_client_sync() as client:
+            before = len(client.ids)
+            cluster.start_engines_sync()
+            cluster.wait_for_engines(client, before + cluster.n)
+
+    return _serve(Cluster.from_settings(settings, shutdown_atexit=not settings["Cluster.daemonize"], cluster_file=""),
+                  settings, start)
 
 
-def _serve(cluster: Cluster, settings: config.Settings, start: str) -> int:
+def _serve(cluster: Cluster, settings: config.Settings, start: Callable[[Cluster], None]) -> int:
     """Start; then return if we are to daemonize, else stay until something ends or a signal comes."""
     if settings["Application.work_dir"]:
         config.enter_work_dir(settings["Application.work_dir"])
     _set_signals(_on_signal)
-    ends: "SimpleQueue[Tuple[str, Dict[str, Any]]]" = SimpleQueue()
-    keep = False
+    ready = keep = False
     try:
-        getattr(cluster, start)()
-        with cluster.connect_client_sync() as client:
-            cluster.wait_for_engines(client, cluster.n)
+        start(cluster)
+        ready = True
         _tell_ready(cluster, settings)
         keep = settings["Cluster.daemonize"]
-        return 0 if keep else _stay(cluster, ends)
+        return 0 if keep else _stay(cluster)
     except Signalled as e:
-        print(f"Got {e}, stopping.", flush=True)
-        return 0
+        print(f"Got {e.args[0].name}, stopping.", flush=True)
+        return 0 if ready else 128 + e.args[0]
     finally:
         _set_signals(signal.SIG_IGN)
         if not keep:
@@ -682,12 +701,15 @@ def _tell_ready(cluster: Cluster, settings: config.Settings) -> None:
              f"Stop:     ipcluster stop{flags}"), flush=True)
 
 
-def _stay(cluster: Cluster, ends: Any) -> int:
-    """Wait until the controller or the last engine set has ended; returns the exit code."""
+def _stay(cluster: Cluster) -> int:
+    """Wait until the controller or the engines have ended; returns the exit code."""
+    ends: "SimpleQueue[Tuple[launchers.BaseLauncher, Dict[str, Any]]]" = SimpleQueue()
     watched: List[launchers.BaseLauncher] = [*filter(None, [cluster.controller]), *cluster.engines.values()]
     for launcher in watched:
         launcher.on_stop(functools.partial(lambda launcher, data: ends.put((launcher, data)), launcher))
     launcher, data = ends.get()
+    if cluster.controller is not None and not cluster.controller.running:  # the engines end because of that
+        launcher, data = cluster.controller, cluster.controller.stop_data
     name = {"controller": "controller", "engine": "engines"}[launcher.role]
     if data.get("exit_code") == 0:
         print(f"The {name} stopped; stopping the rest.", flush=True)
@@ -724,7 +746,7 @@ def _list(settings: config.Settings) -> int:
 
         print(json.dumps(rows, indent=2))
         return 0
-    table = [("PROFILE", "CLUSTER ID", "STATE", "ENGINES", "LAUNCHER", "HOST", "AGE", "")]
+    table = [("PROFILE", "CLUSTER ID", "STATE", "ENGINES", "LAUNCHER", "HOST", "AGE", "REASON")]
     for row in rows:
         ready = "?" if row["engines_ready"] is None else row["engines_ready"]
         table.append((row["profile"], row["cluster_id"] or "''", row["state"], f"{ready}/{row['engines']}",

@@ -96,6 +96,7 @@ class Option(NamedTuple):
 
     @property
     def name(self) -> str:
+        """As in a config file, without the `c.`"""
         return f"{self.section}.{self.key}"
 
 
@@ -400,6 +401,7 @@ class Deferred:
         self.calls: List[Tuple[str, Tuple[Any, ...]]] = []
 
     def applied_to(self, value: Any, origin: str) -> Any:
+        """`value`, changed as the file said."""
         for method, args in self.calls:
             try:
                 if method == "prepend":
@@ -738,6 +740,23 @@ def runtime_dir() -> Path:
 def connection_file(profile_dir: PathLike, cluster_id: str, role: str) -> Path:
     """`<profile>/security/ipcontroller[-<cluster_id>]-<role>.json`; `role` is "client" or "engine"."""
     return Path(profile_dir, "security", "-".join(filter(None, ("ipcontroller", cluster_id, role))) + ".json")
+
+
+def cluster_file(profile_dir: PathLike, cluster_id: str) -> Path:
+    """`<profile>/security/cluster-<cluster_id>.json`"""
+    return Path(profile_dir, "security", f"cluster-{cluster_id}.json")
+
+
+def remove_sockets(info: Dict[str, Any]) -> None:
+    """Remove the sockets, and their directory, of a run that has ended; `info` is one of its connection files' content."""
+    if info["ipc"]:
+        folder = Path(info["ipc"]).parent
+        for role in ("client", "engine"):
+            (folder / role).unlink(missing_ok=True)
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            pass
 
 
 def write_json(path: PathLike, obj: Any, mode: int = 0o600) -> None:

@@ -15,6 +15,7 @@ token gets no answer and changes nothing.
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import secrets
@@ -34,7 +35,11 @@ DRAIN = 64  # messages taken from one socket before the others get their turn
 MISSED_PINGS = 3  # an agent that misses so many is gone
 LINGER_MS = 500
 SPECS_KEPT = 4096
-NO_ENGINE = 0xFFFFFFFF  # engine id in a result that the controller made itself
+HELLO_FIELDS = {"client": {"session": str, "host": str, "pid": int}, "agent": {"uuid": str, "host": str, "pid": int},
+                "engine": {"uuid": str, "agent": str, "host": str, "pid": int}}
+SIGNAL_MAX = 64
+COMPLAIN_S = 1.0  # at most one line about garbage in this time ...
+COMPLAINT_MAX = 200  # ... that quotes at most so many characters of it
 
 
 class Peer:
@@ -193,6 +198,10 @@ class Controller:
         if not self.options["IPController.reuse_files"]:
             for path in self._files:
                 path.unlink(missing_ok=True)
+        parent = self.options["IPController.parent"]
+        if parent and os.getppid() != parent and self._files:  # nobody else is left to remove it
+            cluster_id = self.options["Application.cluster_id"]
+            config.cluster_file(self._files[0].parents[1], cluster_id).unlink(missing_ok=True)
         if self._sockets_dir is not None:
             for name in ("client", "engine"):
                 (self._sockets_dir / name).unlink(missing_ok=True)
@@ -207,7 +216,7 @@ class Controller:
     def run(self) -> None:
         """Serve until stopped."""
         poller = net.Poller()
-        for sock in [*self._ports.role_of, self._ports.gate]:
+        for sock in [*self._ports.role_of, *self._ports.gates]:
             poller.register(sock, net.POLLIN)
         wake_r, wake_w = os.pipe()
         os.set_blocking(wake_w, False)
@@ -226,7 +235,7 @@ class Controller:
                     due = self.scheduler.next_deadline()
                 wait_s = max(0.0, min(next_ping, due if due is not None else next_ping) - time.monotonic())
                 for sock, _ in poller.poll(int(wait_s * 1000) + 1):
-                    if sock is self._ports.gate:
+                    if sock in self._ports.gates:
                         self._ports.gatekeep(self._admitted)
                     elif sock == wake_r:
                         os.read(wake_r, 4096)
@@ -255,37 +264,38 @@ class Controller:
 
     def _drain(self, sock: Any) -> None:
         for _ in range(DRAIN):
-            try:
-                frames = net.recv(sock)
-            except net.Again:
+            self._on_message(sock, net.recv(sock))
+            if not net.readable(sock):
                 return
-            route = bytes(frames[0])
-            peer = self._peers.get((sock, route))
-            try:
-                if len(frames) < 2 or bytes(frames[1]) not in wire.KINDS:
-                    raise ProtocolError("not a message of this protocol")
-                kind = bytes(frames[1])
-                if kind == wire.HELLO:
-                    self._on_hello(sock, route, wire.decode_dict(frames[1:]))
-                elif peer is None:
-                    if kind == wire.PONG:  # an agent that we gave up on has thawed: it must introduce itself again
-                        self._refuse(sock, route, "you were taken for dead")
-                    continue
-                else:
-                    handler = self._handlers.get((peer.kind, kind))
-                    if handler is None:
-                        raise ProtocolError(f"a {peer.kind} does not send {kind!r}")
-                    handler(peer, frames[1:])
-            except ProtocolError as e:
-                self._complain(peer, sock, route, e)
 
-    def _complain(self, peer: Optional[Peer], sock: Any, route: bytes, error: ProtocolError) -> None:
-        now = time.monotonic()
-        if now - self._complained > 1.0:  # a flood of garbage must not become a flood of log lines
-            self._complained = now
-            self.log.warning("dropped a malformed message from %s: %s", peer.name if peer else "a stranger", error)
+    def _on_message(self, sock: Any, frames: list[Any]) -> None:
+        route, kind = frames[0], bytes(frames[1][:8]) if len(frames) > 1 else b""
+        peer = self._peers.get((sock, route))
+        try:
+            handler = self._handlers.get((peer.kind, kind)) if peer is not None else None
+            if handler is not None:
+                handler(peer, frames[1:])
+            elif kind == wire.HELLO:
+                self._on_hello(sock, route, wire.decode_dict(frames[1:]))
+            elif peer is not None or kind not in wire.KINDS:
+                raise ProtocolError(f"{kind!r} is not something that a {peer.kind if peer else 'stranger'} sends")
+            elif kind == wire.PONG:  # an agent that we gave up on has thawed: it must introduce itself again
+                self._refuse(sock, route, "you were taken for dead")
+        except RecursionError:
+            self._complain(peer, sock, route, "it is nested too deep")
+        except ProtocolError as e:
+            self._complain(peer, sock, route, str(e)[:COMPLAINT_MAX])
+
+    def _complain(self, peer: Optional[Peer], sock: Any, route: bytes, trouble: str) -> None:
+        self._warn("dropped a malformed message from %s: %r", peer.name if peer else "a stranger", trouble)
         if peer is not None and peer.kind == "client":
-            self._refuse(sock, route, f"malformed message: {error}")
+            self._refuse(sock, route, f"malformed message: {trouble}")
+
+    def _warn(self, *line: Any) -> None:
+        now = time.monotonic()
+        if now - self._complained > COMPLAIN_S:  # a flood of garbage must not become a flood of log lines
+            self._complained = now
+            self.log.warning(*line)
 
     def _refuse(self, sock: Any, route: bytes, reason: str) -> None:
         self._send(Peer(sock, route, "stranger", "a stranger"), wire.encode_json(wire.REFUSED, {"reason": reason}))
@@ -305,12 +315,17 @@ class Controller:
         kind = body.get("role")
         if kind not in ("client", "engine", "agent") or (kind == "client") != (role == "client"):
             return self._refuse(sock, route, f"this port is for {role}s")
-        if not secrets.compare_digest(str(body.get("token")).encode(), self._tokens[role].encode()):
-            self.log.warning("refused a %s with a wrong key", kind)
+        if (sock, route) in self._peers:
+            raise ProtocolError("it said hello before")
+        if not secrets.compare_digest(str(body.get("token")).encode(errors="replace"), self._tokens[role].encode()):
+            self._warn("refused a %s with a wrong key", kind)
             return self._refuse(sock, route, "your connection file is of another cluster, run or role")
         if body.get("protocol") != wire.VERSION:
-            return self._refuse(sock, route, f"protocol version {body.get('protocol')} (yours) is not {wire.VERSION} (ours): "
+            return self._refuse(sock, route, f"protocol version {str(body.get('protocol'))[:20]} (yours) is not {wire.VERSION} (ours): "
                                              f"install ipclite {__version__} there")
+        for field, wanted in HELLO_FIELDS[kind].items():
+            if not isinstance(body.get(field), wanted):
+                return self._refuse(sock, route, f"{field} is missing or malformed")
         {"client": self._hello_client, "engine": self._hello_engine, "agent": self._hello_agent}[kind](sock, route, body)
 
     def _welcome(self, peer: Peer, **more: Any) -> None:
@@ -323,26 +338,23 @@ class Controller:
     def _hello_client(self, sock: Any, route: bytes, body: dict[str, Any]) -> None:
         try:
             session = bytes.fromhex(body["session"])
-        except (KeyError, TypeError, ValueError):
+        except ValueError:
             session = b""
         if len(session) != wire.SESSION_SIZE or session in self.clients:
             return self._refuse(sock, route, "the session is malformed or taken")
-        peer = ClientPeer(sock, route, f"client {body.get('pid')} on {body.get('host')}", session)
+        peer = ClientPeer(sock, route, f"client {body['pid']} on {body['host']}", session)
         self.clients[session] = peer
         self._welcome(peer, engines=[e.info for e in self.engines.values()])
         self.log.info("%s connected", peer.name)
 
     def _hello_engine(self, sock: Any, route: bytes, body: dict[str, Any]) -> None:
-        for field in ("uuid", "agent", "host"):
-            if not isinstance(body.get(field), str):
-                return self._refuse(sock, route, f"no {field} given")
         uuid, wanted = body["uuid"], body.get("id")
         known = self._ids.get(uuid)
         if known in self.engines:
             self._drop_engine(self.engines[known], "it lost its connection and came back", None, False)
         id = known
         if id is None:
-            id = wanted if type(wanted) is int and 0 <= wanted < NO_ENGINE and wanted not in self.engines else len(self._ids)
+            id = wanted if type(wanted) is int and 0 <= wanted < wire.NO_ENGINE and wanted not in self.engines else len(self._ids)
             while id in self.engines or (id != wanted and id in self._ids.values()):
                 id += 1
         self._ids[uuid] = id
@@ -356,11 +368,11 @@ class Controller:
         self._carry_out(self.scheduler.handle(EngineUp(id), time.monotonic()))
 
     def _hello_agent(self, sock: Any, route: bytes, body: dict[str, Any]) -> None:
-        uuid = str(body.get("uuid"))
+        uuid = body["uuid"]
         if uuid in self.agents:
             self._peers.pop((self.agents[uuid].sock, self.agents[uuid].route), None)
         self._silent_agents.pop(uuid, None)
-        agent = self.agents[uuid] = AgentPeer(sock, route, uuid, str(body.get("host")), time.monotonic())
+        agent = self.agents[uuid] = AgentPeer(sock, route, uuid, body["host"], time.monotonic())
         self._welcome(agent)
         self.log.info("%s connected", agent.name)
 
@@ -376,7 +388,7 @@ class Controller:
         running = body.get("running")
         try:
             key = (bytes.fromhex(running[0]), int(running[1])) if running else None
-        except (TypeError, ValueError, IndexError):
+        except (TypeError, ValueError, LookupError, OverflowError):
             raise ProtocolError("'running' is not a task") from None
         self._drop_engine(engine, str(body.get("cause")), key, bool(body.get("crashed")))
 
@@ -496,14 +508,16 @@ class Controller:
 
     def _on_query(self, client: ClientPeer, frames: list[Any]) -> None:
         body = wire.decode_dict(frames)
-        reply: dict[str, Any] = {"id": body.get("id")}
+        if type(body.get("id")) is not int:
+            raise ProtocolError("a query without a number")
+        reply: dict[str, Any] = {"id": body["id"]}
         query = self._queries.get(str(body.get("what")))
         try:
             reply["value"] = query(body) if query else None
             if query is None:
-                reply["error"] = f"the controller does not know the query {body.get('what')!r}"
-        except (KeyError, TypeError, ValueError) as e:
-            reply["error"] = f"the query {body.get('what')!r} is malformed: {e}"
+                reply["error"] = f"the controller does not know the query {str(body.get('what'))[:COMPLAINT_MAX]!r}"
+        except (KeyError, TypeError, ValueError, OverflowError) as e:
+            reply["error"] = f"the query {body['what']!r} is malformed: {type(e).__name__}: {str(e)[:COMPLAINT_MAX]}"
         self._send(client, wire.encode_json(wire.REPLY, reply))
 
     def _targets(self, body: dict[str, Any]) -> list[EnginePeer]:
@@ -520,6 +534,8 @@ class Controller:
             self._control(self._targets(body), {"op": "stop"})
 
     def _query_signal(self, body: dict[str, Any]) -> Any:
+        if not 0 <= int(body["signum"]) <= SIGNAL_MAX:
+            raise ValueError(f"{body['signum']} is not a signal")
         self._control(self._targets(body), {"op": "signal", "signum": int(body["signum"])})
 
     def _control(self, engines: list[EnginePeer], order: dict[str, Any]) -> None:
@@ -602,7 +618,7 @@ class Controller:
         if not client.gone:
             payload = wire.encode_error({"ename": effect.ename, "evalue": effect.message, "own": True})
             result = wire.Result(seq, time.time(), 0.0, effect.task.attempt, wire.ERROR, payload)
-            self._send(client, [wire.RESULTS, *wire.encode_results(session, NO_ENGINE, [result])])
+            self._send(client, [wire.RESULTS, *wire.encode_results(session, wire.NO_ENGINE, [result])])
         self._settle(client, 1)
 
     def _recall(self, effect: Recall) -> None:
@@ -616,6 +632,8 @@ def serve(argv: list[str]) -> int:
     log = config.setup_logging("ipcontroller", settings["Application.log_level"], settings.log_file)
     if settings["Application.work_dir"]:
         config.enter_work_dir(settings["Application.work_dir"])
+    gc.freeze()  # what exists now stays; tasks are freed by reference count, so the collector has little to find
+    gc.set_threshold(50_000, 20, 100)
     controller = Controller(settings, log)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, lambda n, _: controller.stop(f"it got {signal.Signals(n).name}"))

@@ -20,6 +20,7 @@ import ast
 import atexit
 import builtins
 import faulthandler
+import gc
 import io
 import json
 import linecache
@@ -43,6 +44,7 @@ from .errors import ConfigError, ConnectError, ConnectionFileError, ProtocolErro
 
 FLUSH_S = 0.002  # a result waits at most this long for others to travel with ...
 COURIER_S = 0.005  # ... or this long if the task after it is a slow one
+LOOK_S = 0.05  # between two looks for tasks that are to be given back and have not arrived
 OUTPUT_MAX = 1 << 20  # characters of output kept before the printing task must send them itself
 REJOIN_S = 60.0  # how long to try to reach the controller again
 GRACE_S = 5.0  # between asking an engine to end and killing it
@@ -122,7 +124,9 @@ class Engine:
         self._output: list[tuple[bytes, int, str, str]] = []
         self._output_size = 0
         self._returned: list[tuple[bytes, int, int]] = []
+        self._wanted: set[tuple[bytes, int]] = set()  # tasks to give back that are not here (yet)
         self._current: tuple[bytes, int] = (b"", 0)
+        self._pid = os.getpid()
         self._in_user_code = False
         self._stopping: Optional[str] = None
         self._must_rejoin = False
@@ -239,6 +243,7 @@ class Engine:
                 self._rejoin()
             self._flush()
             _CELL.pack_into(self._cell, 0, b"", 0)
+            self._wanted.clear()  # by engines that are as idle as we are now
             ready = dict(self._poller.poll())
             if self._wake_r in ready:
                 os.read(self._wake_r, 4096)
@@ -248,11 +253,8 @@ class Engine:
                 self._rejoin()
 
     def _receive(self) -> None:
-        for _ in range(64):
-            try:
-                frames = net.recv(self._link.sock)
-            except net.Again:
-                return
+        while True:
+            frames = net.recv(self._link.sock)
             kind = frames[0]
             try:
                 if kind == wire.TASKS:
@@ -268,6 +270,8 @@ class Engine:
                     return
             except ProtocolError as e:
                 self.log.error("dropped a malformed message: %s", e)
+            if not net.readable(self._link.sock):
+                return
 
     def _on_tasks(self, frames: list[Any]) -> None:
         batch = []
@@ -347,7 +351,8 @@ class Engine:
         poll.register(self._bell_r, select.POLLIN)
         pending = b""
         while True:
-            ready = dict(poll.poll(COURIER_S * 1000 if self._bell_armed else None))
+            wait_s = COURIER_S if self._bell_armed else LOOK_S if self._wanted else None
+            ready = dict(poll.poll(None if wait_s is None else wait_s * 1000))
             if self._bell_r in ready:
                 os.read(self._bell_r, 4096)
                 continue  # one beat later, not at once: most often the main thread is quicker
@@ -359,6 +364,8 @@ class Engine:
                 for line in lines:
                     self._on_order(json.loads(line))
             self._bell_armed = False  # before looking, so that what comes after the look rings again
+            if self._wanted:
+                self._give_back()
             if self._results or self._output or self._returned or self._must_rejoin:
                 self._serve_aside()
 
@@ -377,18 +384,28 @@ class Engine:
 
     def _on_order(self, order: dict[str, Any]) -> None:
         if order["op"] == "recall":
-            wanted = {(bytes.fromhex(session), seq) for session, seq in order["tasks"]}
-            with self._queue_lock:
-                kept = deque(t for t in self._queue if (t[0].session, t[1]) not in wanted)
-                taken = [t for t in self._queue if (t[0].session, t[1]) in wanted]
-                self._queue = kept
-            self._returned += [(job.session, seq, attempt) for job, seq, attempt, _ in taken]
+            self._wanted.update((bytes.fromhex(session), seq) for session, seq in order["tasks"])
         elif order["op"] == "rejoin":
             self._must_rejoin = True
 
+    def _give_back(self) -> None:
+        """Give back the tasks that are wanted elsewhere. Some may wait in the socket, or be on their way to it."""
+        if self._io.acquire(blocking=False):
+            try:
+                if self._link is not None and self._link.lost is None and net.readable(self._link.sock):
+                    self._receive()
+            finally:
+                self._io.release()
+        with self._queue_lock:
+            taken = [t for t in self._queue if (t[0].session, t[1]) in self._wanted]
+            if taken:
+                self._queue = deque(t for t in self._queue if (t[0].session, t[1]) not in self._wanted)
+        self._wanted.difference_update([(job.session, seq) for job, seq, _, _ in taken])
+        self._returned += [(job.session, seq, attempt) for job, seq, attempt, _ in taken]
+
     def _emit(self, name: str, text: str) -> None:
         session, seq = self._current
-        if not session:
+        if not session or os.getpid() != self._pid:  # a process that user code forked can not use our connection
             os.write(1 if name == "stdout" else 2, text.encode("utf-8", "replace"))
             return
         self._output.append((session, seq, name, text))
@@ -401,7 +418,7 @@ class Engine:
         else:
             self._arm_courier()
 
-    # --- running tasks
+    # --- running tasks: each `_op_` unpacks its payload, does what its name says and returns the packed value
 
     def _run_task(self, job: Job, seq: int, attempt: int, payload: Any) -> None:
         session = job.session
@@ -411,11 +428,11 @@ class Engine:
         try:
             try:
                 self._in_user_code = True
-                value = job.op(job, payload)
-                self._in_user_code = False
+                packed, status = job.op(job, payload), wire.OK
             finally:
                 self._in_user_code = False
-            packed, status = pack.pack(value), wire.OK
+                if os.getpid() != self._pid:
+                    _end_fork()
         except Stop:
             raise
         except BaseException as e:
@@ -454,12 +471,12 @@ class Engine:
         function, names, extended = self._function(job)
         (args, kwargs), extended = self._arguments(payload, names, extended)
         if extended is None:
-            return function(*args, **kwargs)
+            return pack.pack(function(*args, **kwargs))
         with pack.lend(self.namespace, extended):
-            return function(*args, **kwargs)
+            return pack.pack(function(*args, **kwargs))
 
     def _op_map(self, job: Job, payload: Any) -> Any:
-        """Returns (values, failures): failures maps the position of an item to its packed error."""
+        """The value is (values, failures): failures maps the position of an item to its packed error."""
         function, names, extended = self._function(job)
         sequences, extended = self._arguments(payload, names, extended)
         values: list[Any] = []
@@ -469,7 +486,7 @@ class Engine:
             while True:
                 try:
                     values.extend(calls)  # what came before an exception stays in the list
-                    return values, failures
+                    return pack.pack((values, failures))
                 except Exception as e:
                     failures[len(values)] = bytes(pack.pack_error(e, self._where()))
                     values.append(None)
@@ -481,29 +498,40 @@ class Engine:
         last = tree.body.pop() if show and tree.body and isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, name, "exec"), self.namespace)
         if last is None:
-            return None
+            return pack.pack(None)
         value = eval(compile(ast.Expression(last.value), name, "eval"), self.namespace)
         if value is not None:
             self.namespace["_"] = value
-        return None if value is None else repr(value)
+        return pack.pack(None if value is None else repr(value))
 
-    def _op_push(self, job: Job, payload: Any) -> None:
+    def _op_push(self, job: Job, payload: Any) -> Any:
         names: dict[str, Any] = {}
         self.namespace.update(pack.unpack(payload, self.namespace, names))
         for name, value in names.items():  # functions that were pushed stay, and so must what they refer to
             self.namespace.setdefault(name, value)
+        return pack.pack(None)
 
     def _op_pull(self, job: Job, payload: Any) -> Any:
         wanted = pack.unpack(payload)
         values = [eval(compile(w, "<pull>", "eval"), self.namespace) for w in ([wanted] if isinstance(wanted, str) else wanted)]
-        return values[0] if isinstance(wanted, str) else values
+        return pack.pack(values[0] if isinstance(wanted, str) else values)
 
-    def _op_clear(self, job: Job, payload: Any) -> None:
+    def _op_clear(self, job: Job, payload: Any) -> Any:
         self._reset_namespace()
         self._run_startup()
+        return pack.pack(None)
 
     def _op_unknown(self, job: Job, payload: Any) -> Any:
         raise ProtocolError(f"this engine does not know the operation {job.body.get('op')!r}; is its ipclite older than the client's?")
+
+
+def _end_fork() -> None:
+    """User code forked, and the child has come back from it: it must not go on as a second engine."""
+    kind = sys.exc_info()[0]
+    if kind is not None and kind is not SystemExit:
+        traceback.print_exc(file=sys.__stderr__)
+        sys.__stderr__.flush()
+    os._exit(0 if kind is None else 1)
 
 
 class Child:
@@ -650,6 +678,7 @@ class Agent:
 
     def run(self) -> int:
         """Serve until stopped; returns the exit code."""
+        gc.freeze()  # the engines share these pages with us as long as nobody writes to them
         signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -706,11 +735,8 @@ class Agent:
 
     def _receive(self) -> Optional[str]:
         """Take in what waits; returns why the connection is to be given up, or None."""
-        while True:
-            try:
-                frames = net.recv(self._link.sock)
-            except net.Again:
-                return None
+        while net.readable(self._link.sock):
+            frames = net.recv(self._link.sock)
             kind = frames[0]
             if kind == wire.PING:
                 net.send(self._link.sock, [wire.PONG])
@@ -723,6 +749,7 @@ class Agent:
                 return f"the controller ended: {reason}"
             elif kind == wire.REFUSED:
                 return str(wire.decode_dict(frames).get("reason"))
+        return None
 
     def _on_control(self, order: dict[str, Any]) -> None:
         child = next((c for c in self.children.values() if c.uuid == order["uuid"]), None)

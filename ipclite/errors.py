@@ -126,7 +126,7 @@ class InvalidDependency(ImpossibleDependency):
 
 
 # IPython Parallel's `TimeoutError` is the built-in class, so `except ipp.TimeoutError` works.
-TimeoutError = TimeoutError  # noqa: A001
+TimeoutError = TimeoutError
 
 
 class RemoteTraceback(Exception):

@@ -168,10 +168,12 @@ class BaseLauncher:
 
     @property
     def running(self) -> bool:
+        """Is it running?"""
         return self.state == "running" and self.poll()
 
     @property
     def args(self) -> List[str]:
+        """The command, as a list."""
         return self.find_args()
 
     def on_stop(self, callback: StopCallback) -> None:
@@ -185,12 +187,14 @@ class BaseLauncher:
         callback(self.stop_data)
 
     def notify_start(self, data: Dict[str, Any]) -> None:
+        """Note that it runs."""
         with self._lock:
             self.state, self.start_data = "running", data
             if self._callbacks:
                 self._watch()
 
     def notify_stop(self, data: Dict[str, Any]) -> None:
+        """Note that it has ended, and tell who asked for it with `on_stop`."""
         with self._lock:
             if self.state == "after":
                 return
@@ -229,6 +233,7 @@ class ControllerLauncher(BaseLauncher):
     role = "controller"
 
     def find_args(self) -> List[str]:
+        """The command, as a list."""
         command: List[str] = self.options.get("controller_cmd") or [sys.executable, "-m", f"{__package__}.controller"]
         more: List[str] = self.options.get("controller_args", [])
         return command + self._common_args() + more + self.extra_args
@@ -248,11 +253,13 @@ class EngineLauncher(BaseLauncher):
         self.n = n
 
     def find_args(self) -> List[str]:
+        """The command, as a list."""
         command: List[str] = self.options.get("engine_cmd") or [sys.executable, "-m", f"{__package__}.engine"]
         more: List[str] = self.options.get("engine_args", [])
         return command + ["-n", str(self.n)] + self._common_args() + more + self.extra_args
 
     def to_dict(self) -> Dict[str, Any]:
+        """What `from_dict` needs."""
         return {**super().to_dict(), "n": self.n}
 
 
@@ -265,6 +272,7 @@ class LocalProcessLauncher(BaseLauncher):
     output_file: Optional[Path] = None
 
     def start(self) -> None:
+        """Start it; a log directory that can't be written is an error."""
         args = self.find_args()
         work_dir = self.options.get("work_dir") or os.getcwd()
         unnamed = config.log_file(self.profile_dir, f"ip{self.role}", f"{self.cluster_id}-of")
@@ -289,6 +297,7 @@ class LocalProcessLauncher(BaseLauncher):
         self.notify_start({"pid": popen.pid})
 
     def stop(self) -> None:
+        """SIGTERM, and SIGKILL to its whole session after `stop_seconds_until_kill`."""
         if self.state != "running":
             return
         self.process.send(signal.SIGTERM)
@@ -300,6 +309,7 @@ class LocalProcessLauncher(BaseLauncher):
         self.poll()
 
     def signal(self, signum: int) -> None:
+        """Signal the process."""
         self.process.send(signum)
 
     def _relatives(self, kinship: str) -> List[Process]:
@@ -307,6 +317,7 @@ class LocalProcessLauncher(BaseLauncher):
         return [Process(pid, config.process_start(pid)) for pid in pids if pid != self.process.pid]
 
     def poll(self) -> bool:
+        """Is it running?"""
         if self.state != "running":
             return False
         alive, code = self.process.poll()
@@ -315,11 +326,13 @@ class LocalProcessLauncher(BaseLauncher):
         return alive
 
     def join(self, timeout_s: Optional[float] = None) -> bool:
+        """Wait for its end."""
         if self.state == "running" and self.process.wait(timeout_s):
             self.poll()
         return self.state != "running"
 
     def get_output(self, lines: Optional[int] = None) -> str:
+        """The last lines of its log."""
         if self.output_file is None:
             return ""
         try:
@@ -331,11 +344,13 @@ class LocalProcessLauncher(BaseLauncher):
         return "\n".join(text.splitlines()[-(lines or self.options.get("output_limit", 100)):])
 
     def to_dict(self) -> Dict[str, Any]:
+        """What `from_dict` needs."""
         return {**super().to_dict(), "host": socket.gethostname(), "pid": self.process.pid,
                 "pid_start": self.process.started, "output_file": os.fspath(self.output_file or "")}
 
     @classmethod
     def from_dict(cls, state: Dict[str, Any], options: Optional[Dict[str, Any]] = None) -> "LocalProcessLauncher":
+        """The launcher of a process that another one started on this host."""
         more = {"n": state["n"]} if "n" in state else {}
         self = cls(profile_dir=state["profile_dir"], cluster_id=state["cluster_id"], options=options, owned=False,
                    **more)
@@ -354,6 +369,7 @@ class LocalControllerLauncher(LocalProcessLauncher, ControllerLauncher):
     """A controller on this host."""
 
     def wrote(self, info: Dict[str, Any]) -> bool:
+        """The file names its process."""
         return (info["pid"], info["host"]) == (self.process.pid, socket.gethostname())
 
 
@@ -363,6 +379,7 @@ class LocalEngineSetLauncher(LocalProcessLauncher, EngineLauncher):
     patience_s = 2.0  # the agent kills engines that ignore SIGTERM itself
 
     def signal(self, signum: int) -> None:
+        """Signal each engine, not the agent."""
         for process in self._relatives("children"):
             process.send(signum)
 

@@ -20,13 +20,14 @@ from typing import Any, Iterable, NamedTuple, Optional, Sequence
 
 import zmq
 from zmq.backend import Socket as RawSocket
+from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
 from . import wire
 from .config import dead_run
 from .errors import ConfigError, ConnectError, LauncherError, ProtocolError
 
-POLLIN = zmq.POLLIN
+POLLIN = int(zmq.POLLIN)  # plain ints: pyzmq's enums cost microseconds at every use
 Context = zmq.Context
 Poller = zmq.Poller
 Again = zmq.Again
@@ -36,7 +37,8 @@ LARGE = 64 * 1024  # from here on frames are handed over rather than copied
 HANDSHAKE_S = 5.0  # a peer that is there answers well within this
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 3000, 12000  # answered by libzmq's own thread, whatever Python is doing
 
-_MORE = zmq.SNDMORE
+_MORE, _NOBLOCK, _EVENTS = int(zmq.SNDMORE), int(zmq.NOBLOCK), int(zmq.EVENTS)
+_send, _recv, _get = RawSocket.send, RawSocket.recv, RawSocket.get  # the loops over frames are ours: one pass, the large ones uncopied
 _MONITORED = (zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
               | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
               | zmq.EVENT_CONNECTED)
@@ -69,11 +71,15 @@ def token(secret_key: str) -> str:
 
 
 def send(sock: Any, frames: Sequence[Any]) -> None:
-    """Send one message; large frames are not copied, so their owner must leave them alone until they are gone."""
+    """Send one message; large frames are not copied, so their owner must leave them alone until they are gone. On a link
+    that is broken the message is dropped, as one that was sent a moment earlier would be."""
     last = len(frames) - 1
-    for i, frame in enumerate(frames):
-        RawSocket.send(sock, frame, _MORE if i < last else 0, len(frame) < LARGE if type(frame) is bytes
-                       else memoryview(frame).nbytes < LARGE)
+    try:
+        for i, frame in enumerate(frames):
+            size = len(frame) if type(frame) is bytes else memoryview(frame).nbytes
+            _send(sock, frame, _MORE if i < last else 0, size < LARGE)
+    except Again:
+        pass
 
 
 def recv(sock: Any) -> list[Any]:
@@ -84,15 +90,16 @@ def recv(sock: Any) -> list[Any]:
     """
     frames: list[Any] = []
     while True:
-        frame = RawSocket.recv(sock, zmq.NOBLOCK, False)
-        frames.append(frame.bytes if len(frame) < LARGE else frame.buffer)
+        frame = _recv(sock, _NOBLOCK, False)
+        buffer = frame.buffer
+        frames.append(frame.bytes if buffer.nbytes < LARGE else buffer)
         if not frame.more:
             return frames
 
 
 def readable(sock: Any) -> bool:
     """Whether a message waits. Also rearms the socket's edge-triggered file descriptor."""
-    return bool(sock.get(zmq.EVENTS) & POLLIN)
+    return bool(_get(sock, _EVENTS) & POLLIN)
 
 
 def _prepare(sock: Any) -> None:
@@ -124,6 +131,7 @@ class Link:
         self.sock = context.socket(zmq.DEALER)
         _prepare(self.sock)
         self.sock.setsockopt(zmq.RECONNECT_IVL, -1)
+        self.sock.setsockopt(zmq.SNDTIMEO, 0)  # once the connection is broken, sending would block for ever
         if not self.local:
             if not info["url"]:
                 raise ConnectError(f"the controller on {info['host']} listens on that host only; restart it with --ip=* "
@@ -255,9 +263,7 @@ class Ports:
     def __init__(self, context: Any, server: KeyPair, max_bytes: int):
         self._context, self._server, self._max_bytes = context, server, max_bytes
         self.role_of: dict[Any, str] = {}  # socket -> "client" or "engine"
-        self.gate = context.socket(zmq.ROUTER)
-        self.gate.linger = 0
-        self.gate.bind("inproc://zeromq.zap.01")
+        self.gates: list[Any] = []  # where libzmq asks; one as soon as there is something to guard
 
     def _socket(self, role: str) -> Any:
         sock = self._context.socket(zmq.ROUTER)
@@ -289,6 +295,7 @@ class Ports:
         """
         sock = self._socket(role)
         if has_curve():
+            self._open_gate()
             sock.curve_server = True
             sock.curve_secretkey = self._server.secret.encode()
             sock.curve_publickey = self._server.public.encode()
@@ -308,24 +315,35 @@ class Ports:
                 raise ConfigError(f"can not listen on {ip}: {e.strerror}; give --ip an address of this host") from None
         raise LauncherError(f"no port left to listen on at {ip}: {', '.join(tried)}; free one or name others with --ports")
 
+    def _open_gate(self) -> None:
+        if not self.gates:
+            gate = self._context.socket(zmq.ROUTER)
+            gate.linger = 0
+            gate.bind("inproc://zeromq.zap.01")
+            self.gates.append(gate)
+
     def gatekeep(self, admitted: dict[str, str]) -> None:
         """Answer the questions that wait at the gate. `admitted` maps a role to the public key that it must show."""
-        while readable(self.gate):
-            frames = self.gate.recv_multipart()
-            if len(frames) < 8:
-                continue
-            envelope, (version, request, domain, _address, _identity, mechanism) = frames[:2], frames[2:8]
-            key = zmq.utils.z85.encode(frames[8]).decode() if len(frames) > 8 and len(frames[8]) == 32 else ""
-            wanted = admitted.get(domain.decode("latin-1"))
-            ok = mechanism == b"CURVE" and bool(wanted) and key == wanted
-            status, text = (b"200", b"OK") if ok else (b"400", b"this key may not come in here")
-            self.gate.send_multipart([*envelope, version, request, status, text, b"", b""])
+        for gate in self.gates:
+            while readable(gate):
+                self._answer(gate, gate.recv_multipart(), admitted)
+
+    def _answer(self, gate: Any, frames: list[bytes], admitted: dict[str, str]) -> None:
+        if len(frames) < 8:
+            return
+        envelope, (version, request, domain, _address, _identity, mechanism) = frames[:2], frames[2:8]
+        key = z85.encode(frames[8]).decode() if len(frames) > 8 and len(frames[8]) == 32 else ""
+        wanted = admitted.get(domain.decode("latin-1"))
+        ok = mechanism == b"CURVE" and bool(wanted) and key == wanted
+        status, text = (b"200", b"OK") if ok else (b"400", b"this key may not come in here")
+        gate.send_multipart([*envelope, version, request, status, text, b"", b""])
 
     def close(self, linger_ms: int) -> None:
         """Close all sockets; messages on their way get `linger_ms` to leave."""
         for sock in self.role_of:
             sock.close(linger_ms)
-        self.gate.close(0)
+        for gate in self.gates:
+            gate.close(0)
 
 
 def is_loopback(ip: str) -> bool:

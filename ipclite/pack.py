@@ -28,7 +28,6 @@ from __future__ import annotations
 import builtins
 import copyreg
 import functools
-import hashlib
 import importlib
 import os
 import pickle
@@ -37,7 +36,7 @@ import sys
 import threading
 import types
 import weakref
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple, Type
+from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional, Type
 
 from . import errors
 from .errors import KernelError, PackError, ProtocolError, UnpackError
@@ -539,7 +538,16 @@ def _where_fails(obj: Any) -> str:
     return ", ".join(path) or _describe(obj)
 
 
-_Check = Tuple[types.FunctionType, Any, Any, Tuple[Tuple[Any, Any], ...], Tuple[Tuple[dict, int, tuple], ...]]  # type: ignore[type-arg]
+class _Check(NamedTuple):
+    """What must still hold of a function by value: the very same objects in all places."""
+
+    function: types.FunctionType
+    code: Any
+    defaults: Any
+    kwdefaults: Any
+    attributes: dict[str, Any]
+    cells: list[tuple[Any, Any]]
+    mappings: list[tuple[dict[str, Any], int, list[tuple[str, Any]]]]  # length: -1 does not matter
 
 
 class _Cached:
@@ -570,7 +578,9 @@ def pack_function(f: Any) -> tuple[bytes, Payload]:
     if cached is not None and _still_holds(cached):
         return cached.result
     payload = _pack_any(f)
-    digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
+    from hashlib import blake2b  # takes 3 ms, and engines do without it
+
+    digest = blake2b(digest_size=DIGEST_SIZE)
     for piece in [payload] if isinstance(payload, bytes) else payload:
         digest.update(piece)
     result = digest.digest(), payload
@@ -583,8 +593,10 @@ def pack_function(f: Any) -> tuple[bytes, Payload]:
 def _still_holds(cached: _Cached) -> bool:
     if cached.registered != len(_by_value_modules) or (cached.modules and cached.modules != len(sys.modules)):
         return False
-    for f, code, defaults, cells, mappings in cached.checks:
+    for f, code, defaults, kwdefaults, attributes, cells, mappings in cached.checks:
         if f.__code__ is not code or f.__defaults__ is not defaults:
+            return False
+        if f.__kwdefaults__ is not kwdefaults or f.__dict__ is not attributes:
             return False
         try:
             for cell, value in cells:
@@ -608,7 +620,7 @@ def _remember(f: Any, result: tuple[bytes, Payload]) -> None:
     checks: dict[int, Optional[_Check]] = {}
     if not _is_constant(f, checks):
         return
-    modules = any(type(v) is types.ModuleType for c in checks.values() if c for m in c[4] for _, v in m[2])
+    modules = any(type(v) is types.ModuleType for c in checks.values() if c for m in c.mappings for _, v in m[2])
     for key in list(_cache)[: len(_cache) - _CACHED_FUNCTIONS + 1] if len(_cache) >= _CACHED_FUNCTIONS else ():
         _cache.pop(key, None)
     _cache[id(f)] = _Cached(f, [c for c in checks.values() if c], len(sys.modules) if modules else 0,
@@ -618,25 +630,24 @@ def _remember(f: Any, result: tuple[bytes, Payload]) -> None:
 def _is_constant(value: Any, checks: dict[int, Optional[_Check]]) -> bool:
     """Whether a value can't change unnoticed. Adds what has to be checked of functions by value."""
     kind = type(value)
-    if kind in _SIMPLE or kind is types.ModuleType or value is _MISSING or id(value) in checks:
+    if kind in _SIMPLE or value is _MISSING or id(value) in checks:
         return True
     if kind is tuple or kind is frozenset:
         return all(_is_constant(v, checks) for v in value)
     if kind is types.BuiltinFunctionType:
         return type(value.__self__) is types.ModuleType
     cloud = _pickler_class().cloud
-    if isinstance(value, type):
+    if kind is types.ModuleType or isinstance(value, type):
         return bool(cloud._should_pickle_by_reference(value))
     if kind is not types.FunctionType:
         return False
     if cloud._should_pickle_by_reference(value):
         return True
-    if not _is_ours(value):
-        return False
     checks[id(value)] = None  # for functions that refer to themselves
     check = _check_of(value)
     checks[id(value)] = check
-    dependencies = [*(value.__defaults__ or ()), *[v for _, v in check[3]], *[v for m in check[4] for _, v in m[2]]]
+    dependencies = [*(value.__defaults__ or ()), *[v for _, v in check.cells]]
+    dependencies += [v for m in check.mappings for _, v in m[2]]
     return not _lent_to(value) and all(_is_constant(v, checks) for v in dependencies)
 
 
@@ -648,14 +659,10 @@ def _check_of(f: types.FunctionType) -> _Check:
             cells.append((cell, cell.cell_contents))
         except ValueError:
             cells.append((cell, object()))  # never holds, so that an empty cell is looked at again
-    mappings: list[tuple[dict[str, Any], int, tuple[Any, ...]]] = [
-        (f.__dict__, len(f.__dict__), tuple(f.__dict__.items()))]
-    if f.__kwdefaults__:
-        mappings.append((f.__kwdefaults__, len(f.__kwdefaults__), tuple(f.__kwdefaults__.items())))
-    names = _global_names(f.__code__) if _own_module(scope.get("__name__")) is None else ()
-    if names:
-        mappings.append((scope, -1, tuple([(n, scope.get(n, _MISSING)) for n in names])))
-    return f, f.__code__, f.__defaults__, tuple(cells), tuple(mappings)
+    mappings = [(m, len(m), list(m.items())) for m in (f.__dict__, f.__kwdefaults__) if m is not None]
+    if _own_module(scope.get("__name__")) is None:
+        mappings.append((scope, -1, [(n, scope.get(n, _MISSING)) for n in _global_names(f.__code__)]))
+    return _Check(f, f.__code__, f.__defaults__, f.__kwdefaults__, f.__dict__, cells, mappings)
 
 
 class _Source:
@@ -691,13 +698,7 @@ class _Source:
         return done
 
     def readline(self) -> bytes:
-        line = bytearray()
-        while not line.endswith(b"\n"):
-            part = self.read(1)
-            if not part:
-                break
-            line += part
-        return bytes(line)
+        raise pickle.UnpicklingError("not a binary pickle")
 
 
 def merged(names: dict[str, Any]) -> dict[str, Any]:
@@ -866,10 +867,10 @@ def _pickle_exception(exc: BaseException, text: str) -> bytes:
         try:
             pickled = _in_one_piece(candidate)
             copy = unpack(pickled)
-            if type(copy) is type(exc) and _text(copy) == text:
-                return pickled
         except Exception:  # whatever it is: the next way, or else the text, has to do
-            continue
+            copy = None
+        if type(copy) is type(exc) and _text(copy) == text:
+            return pickled
     return b""
 
 

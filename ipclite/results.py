@@ -11,27 +11,24 @@ nobody inspects costs next to nothing. All methods may be called from any thread
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from concurrent.futures import CancelledError, Future
 from datetime import datetime, timezone
-from typing import Any, Iterator, NamedTuple, Optional, Sequence, TextIO
+from typing import Any, Iterator, NamedTuple, Optional, Sequence, TextIO, Tuple
 
 from . import pack, wire
 from .errors import CompositeError, KernelError
 
-_NO_ENGINE = 0xFFFFFFFF
 
-
-class Outcome(NamedTuple):
-    """How one task ended. Times in s since the epoch, `duration` in s; `payload` is None once unpacked."""
+class Source(NamedTuple):
+    """Where results came from; shared by those that came in one message. `received` in s since the epoch."""
 
     engine_id: int
-    started: float
-    duration: float
-    attempt: int
-    status: int
-    payload: Any
     received: float
+
+
+Outcome = Tuple[Source, wire.Result]
 
 
 class ExecuteReply:
@@ -58,6 +55,9 @@ class ExecuteReply:
         return str(self.metadata["stderr"])
 
 
+PENDING, FINISHED = "PENDING", "FINISHED"  # concurrent.futures' own words for `_state`
+KEPT_PACKED = 1024  # bytes of a payload that are not worth forgetting once it is unpacked
+
 _METADATA = ("msg_id", "submitted", "started", "completed", "received", "engine_id", "engine_uuid", "status", "attempt",
              "error", "stdout", "stderr", "label")
 
@@ -77,15 +77,36 @@ class AsyncResult(Future):  # type: ignore[type-arg]
         EngineError, TaskAborted, ControllerLost: the task did not run to its end.
     """
 
+    # Most results never need these: they cost nothing until they do.
+    _state = PENDING
+    _result = None
+    _exception: Optional[BaseException] = None
+    _fname, _single, _label = "", True, None
+    _first, _count, _left = 0, 0, 0
+    _outcomes: Any = ()
+    _values: Optional[dict[int, Any]] = None
+    _output: Optional[dict[tuple[int, str], list[str]]] = None
+    _watched = False  # somebody waits for a part of it
+    _made: Optional[threading.Condition] = None
+    _making = threading.Lock()
+
     def __init__(self, client: Any, fname: str = "", single: bool = True, label: Optional[str] = None):
-        Future.__init__(self)
-        self._client, self._fname, self._single, self._label = client, fname, single, label
-        self._first, self._count = 0, 0
-        self._submitted = time.time()
-        self._outcomes: list[Optional[Outcome]] = []
-        self._left = 0
-        self._values: dict[int, Any] = {}
-        self._output: Optional[dict[tuple[int, str], list[str]]] = None
+        self._client, self._fname, self._submitted = client, fname, time.time()
+        if not single:
+            self._single = False
+        if label is not None:
+            self._label = label
+
+    @property
+    def _condition(self) -> threading.Condition:
+        """What `concurrent.futures` locks and waits on: made when somebody first does."""
+        if self._made is None:
+            with self._making:
+                if self._made is None:
+                    self._waiters: list[Any] = []
+                    self._done_callbacks: list[Any] = []
+                    self._made = threading.Condition()
+        return self._made
 
     # --- what the client's connection tells us
 
@@ -100,26 +121,28 @@ class AsyncResult(Future):  # type: ignore[type-arg]
         self._left -= 1
         if self._left == 0:
             self._finish()
-        else:
+        elif self._watched:
             with self._condition:
                 self._condition.notify_all()
 
     def _finish(self) -> None:
-        error: Optional[BaseException] = None
-        for outcome in self._outcomes:
-            if outcome is not None and outcome.status != wire.OK:
-                error = self._failure()
-                break
-        if not self.set_running_or_notify_cancel_once():
+        failed = any([o[1].status for o in self._outcomes]) or self._has_failures()
+        if not failed and self._made is None:
+            with self._making:
+                if self._made is None and self._state is PENDING:
+                    self._state = FINISHED
+                    return
+        if self.cancelled():
             return
+        error = self._failure() if failed else None
         if error is None:
             Future.set_result(self, None)
         else:
             Future.set_exception(self, error)
 
-    def set_running_or_notify_cancel_once(self) -> bool:
-        """Whether the outcome is still wanted."""
-        return not self.cancelled()
+    def _has_failures(self) -> bool:
+        """Whether tasks that ended well report failures inside."""
+        return False
 
     def _write(self, i: int, name: str, text: str) -> None:
         """Task i has printed something."""
@@ -135,20 +158,23 @@ class AsyncResult(Future):  # type: ignore[type-arg]
 
     def _value(self, i: int) -> Any:
         """The value of task i, which has ended; an exception object if it failed."""
-        if i in self._values:
+        if self._values is None:
+            self._values = {}
+        elif i in self._values:
             return self._values[i]
-        outcome = self._outcomes[i]
-        assert outcome is not None
-        if outcome.status == wire.OK:
+        source, result = self._outcomes[i]
+        payload = result.payload
+        if result.status == wire.OK:
             try:
-                value = self._unpacked(i, pack.unpack(outcome.payload))
+                value = self._unpacked(i, pack.unpack(payload))
             except KernelError as e:
                 value = e
-                outcome = outcome._replace(status=wire.ERROR)
+                self._outcomes[i] = (source, result._replace(status=wire.ERROR))
         else:
-            value = pack.unpack_error(outcome.payload)
-        self._values[i] = value
-        self._outcomes[i] = outcome._replace(payload=None)
+            value = pack.unpack_error(payload)
+        value = self._values.setdefault(i, value)  # another thread may have been quicker: all see one object
+        if type(payload) is not bytes or len(payload) > KEPT_PACKED:
+            self._outcomes[i] = (source, self._outcomes[i][1]._replace(payload=None))
         return value
 
     def _unpacked(self, i: int, value: Any) -> Any:
@@ -156,7 +182,7 @@ class AsyncResult(Future):  # type: ignore[type-arg]
 
     def _failed(self, i: int) -> bool:
         outcome = self._outcomes[i]
-        return outcome is not None and outcome.status != wire.OK
+        return outcome is not None and outcome[1].status != wire.OK
 
     def _failure(self) -> Optional[BaseException]:
         errors = [self._value(i) for i in range(self._count) if self._failed(i)]
@@ -164,6 +190,11 @@ class AsyncResult(Future):  # type: ignore[type-arg]
 
     def _final(self, return_exceptions: bool) -> Any:
         """All values in the shape that the caller asked for; every task has ended."""
+        if self._count == 1 and self._single:
+            value = self._value(0)
+            if self._failed(0) and not return_exceptions:
+                raise value
+            return value
         values = [self._value(i) for i in range(self._count)]
         if not return_exceptions:
             error = self._failure()
@@ -185,7 +216,7 @@ class AsyncResult(Future):  # type: ignore[type-arg]
         Raises:
             TimeoutError: it is not there in time. The tasks go on.
         """
-        if not self.wait(timeout):
+        if self._state is not FINISHED and not self.wait(timeout):
             raise TimeoutError(f"{self!r} has no result after {timeout:g} s")
         if self.cancelled():
             raise CancelledError
@@ -221,7 +252,7 @@ class AsyncResult(Future):  # type: ignore[type-arg]
             ValueError: an engine has more than one of them.
         """
         self.get(timeout)
-        engines = [o.engine_id for o in self._outcomes if o is not None]
+        engines = [o[0].engine_id for o in self._outcomes]
         if len(set(engines)) < len(engines):
             raise ValueError("several results come from one engine, so they can not be told apart by engine; use get()")
         return {engine: self._value(i) for i, engine in enumerate(engines)}
@@ -242,16 +273,17 @@ class AsyncResult(Future):  # type: ignore[type-arg]
         Returns:
             Whether they have.
         """
-        if self._state in ("PENDING", "RUNNING"):
-            self._client._flush()
-            with self._condition:
-                if self._state in ("PENDING", "RUNNING"):
-                    self._condition.wait_for(self.done, None if timeout is None or timeout < 0 else timeout)
-        return self.done()
+        if self._state is PENDING:
+            self._client._connection.wait(self.done, self, None if timeout is None or timeout < 0 else timeout)
+        return self._state is not PENDING
+
+    def cancelled(self) -> bool:
+        """Whether the result was given up."""
+        return self._state not in (PENDING, FINISHED)
 
     def done(self) -> bool:
         """Whether all tasks have ended (or were cancelled)."""
-        return self._state not in ("PENDING", "RUNNING")
+        return self._state is not PENDING
 
     def ready(self) -> bool:
         """Whether all tasks have ended."""
@@ -281,7 +313,7 @@ class AsyncResult(Future):  # type: ignore[type-arg]
     def __await__(self) -> Iterator[Any]:
         import asyncio
 
-        self._client._flush()
+        self._client._connection.flush()
         return asyncio.wrap_future(self).__await__()
 
     def wait_interactive(self, interval: float = 0.1, timeout: Optional[float] = None) -> bool:
@@ -314,9 +346,8 @@ class AsyncResult(Future):  # type: ignore[type-arg]
 
     def _wait_for(self, i: int) -> None:
         if self._outcomes[i] is None:
-            self._client._flush()
-            with self._condition:
-                self._condition.wait_for(lambda: self._outcomes[i] is not None or self.cancelled())
+            self._watched = True
+            self._client._connection.wait(lambda: self._outcomes[i] is not None or self.cancelled(), self)
             if self.cancelled():
                 raise CancelledError
 
@@ -359,7 +390,7 @@ class AsyncResult(Future):  # type: ignore[type-arg]
     @property
     def sent(self) -> bool:
         """Whether the tasks have left the client."""
-        return bool(self._client._sent_up_to >= self._first + self._count)
+        return bool(self._client._connection.sent_up_to >= self._first + self._count)
 
     @property
     def progress(self) -> int:
@@ -369,7 +400,7 @@ class AsyncResult(Future):  # type: ignore[type-arg]
     @property
     def elapsed(self) -> float:
         """s since the call, or from the call to the last result."""
-        last = max((o.received for o in self._outcomes if o is not None), default=0.0)
+        last = max((o[0].received for o in self._outcomes if o is not None), default=0.0)
         return (last if self.done() and last else time.time()) - self._submitted
 
     @property
@@ -386,7 +417,7 @@ class AsyncResult(Future):  # type: ignore[type-arg]
     @property
     def serial_time(self) -> float:
         """s of run time of all tasks together: what one engine would have taken."""
-        return sum(o.duration for o in self._outcomes if o is not None)
+        return sum(o[1].duration for o in self._outcomes if o is not None)
 
     def _metadata_of(self, i: int) -> dict[str, Any]:
         outcome = self._outcomes[i]
@@ -396,11 +427,12 @@ class AsyncResult(Future):  # type: ignore[type-arg]
         if outcome is None:
             meta["status"] = "pending"
             return meta
-        meta.update(status="ok" if outcome.status == wire.OK else "error", started=_when(outcome.started), attempt=outcome.attempt,
-                    completed=_when(outcome.started + outcome.duration), received=_when(outcome.received))
-        if outcome.engine_id != _NO_ENGINE:
-            meta.update(engine_id=outcome.engine_id, engine_uuid=self._client._engine_uuid(outcome.engine_id))
-        if outcome.status != wire.OK:
+        (engine_id, received), result = outcome
+        meta.update(status="error" if result.status else "ok", started=_when(result.started), attempt=result.attempt,
+                    completed=_when(result.started + result.duration), received=_when(received))
+        if engine_id != wire.NO_ENGINE:
+            meta.update(engine_id=engine_id, engine_uuid=self._client._engine_uuid(engine_id))
+        if result.status != wire.OK:
             meta["error"] = self._value(i)
         return meta
 
@@ -505,9 +537,8 @@ class AsyncMapResult(AsyncResult):
             return
         for k in range(self._count):
             if len(self._arrived) <= k:
-                self._client._flush()
-                with self._condition:
-                    self._condition.wait_for(lambda: len(self._arrived) > k or self.cancelled())
+                self._watched = True
+                self._client._connection.wait(lambda: len(self._arrived) > k or self.cancelled(), self)
             if self.cancelled():
                 raise CancelledError
             yield self._arrived[k]

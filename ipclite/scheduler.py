@@ -10,15 +10,15 @@ The controller turns messages into events, carries out the effects that `handle`
                                            └── lost, failed ──┘                  (FAILED, ABORTED: from anywhere)
 
 Rules that hold here:
-- There is one queue per constraint: who may run a task, and who has failed or refused it. An engine takes the oldest head
-  among the queues it may take from, so what is pinned to one engine runs there in the order of submission.
+- There is one queue per constraint: who may run a task, and who has failed or refused it. An engine takes the oldest
+  head among the queues it may take from, so what is pinned to one engine runs there in the order of submission.
 - An engine is *open* while its estimated work is below `prefetch_s` (or its tasks are fewer than `hwm`). No task waits
   in a queue that an open engine may take from: `handle` does not return before that is so.
 - An assignment is named by the task's key and its attempt. Anything an engine says about another attempt is void.
-- A task that has ended is forgotten at once, but for how and where it ended, which others may depend on. Those are kept of
-  the last `OUTCOMES` tasks at least. What happened to a task stays in a ring buffer for a while.
-- What is done per event may look at each of its tasks; nothing looks at all engines or all tasks, save `check`, the end of an
-  engine, and the search for work to take back, which is limited to one per `recall_s`.
+- A task that has ended is forgotten at once, but for how and where it ended, which others may depend on: that is kept
+  of the last `OUTCOMES` tasks. What happened to a task stays in a ring buffer for a while.
+- An event may cost time for each of its tasks, but not for all engines or all tasks; save the end of an engine, and the
+  search for work to take back, which is done once per `recall_s`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import random
 from collections import deque
 from enum import Enum
 from heapq import heapify, heappop, heappush
-from typing import Any, Callable, Deque, Dict, FrozenSet, Generic, Iterable, List, NamedTuple, Optional, Tuple, TypeVar, Union
+from typing import Any, Callable, Iterable, NamedTuple, Optional, Union
 
 from .errors import ProtocolError
 from .wire import OK, UNMET, Payload, TaskKey, msg_id, task_key
@@ -37,8 +37,8 @@ from .wire import OK, UNMET, Payload, TaskKey, msg_id, task_key
 CAP = 1024  # an engine holds at most this many tasks, however short they are
 FLOOR_S = 5e-6  # what a task costs an engine at least
 DECAY = 0.5  # how fast an estimate goes down; it goes up at once
-FUNCTIONS = 5_000  # estimates are kept of at least this many functions, and at most twice as many
-OUTCOMES = 100_000  # the same for how tasks ended
+FUNCTIONS = 10_000  # run times of more are not kept
+OUTCOMES = 100_000  # of so many tasks it is known how they ended
 RING = 10_000  # transitions that `story` can tell of
 
 UNKNOWN = "unknown"  # EngineDown.running when nobody saw which task was running
@@ -58,7 +58,7 @@ class State(Enum):
 
 WAITING, READY, ASSIGNED, RECALLED, DONE, FAILED, ABORTED = State
 
-TRANSITIONS: Dict[State, FrozenSet[State]] = {
+TRANSITIONS: dict[State, frozenset[State]] = {
     WAITING: frozenset((READY, FAILED, ABORTED)),
     READY: frozenset((ASSIGNED, FAILED, ABORTED)),
     ASSIGNED: frozenset((DONE, READY, RECALLED, FAILED)),
@@ -68,25 +68,26 @@ TRANSITIONS: Dict[State, FrozenSet[State]] = {
     ABORTED: frozenset(),
 }
 
-Ids = FrozenSet[int]
-Outcome = Tuple[bool, Optional[int]]  # whether a task succeeded, and the engine that ran it
+Ids = frozenset[int]
+Outcome = tuple[bool, Optional[int]]  # whether a task succeeded, and the engine that ran it
 
 
 class Needs(NamedTuple):
     """Tasks that must have ended before another may run: `all` of them or one, by `success`, `failure` or either."""
 
-    ids: Tuple[TaskKey, ...]
+    ids: tuple[TaskKey, ...]
     all: bool = True
     success: bool = True
     failure: bool = False
 
     @classmethod
-    def from_dict(cls, body: Any) -> Optional["Needs"]:
+    def from_dict(cls, body: Any) -> Optional[Needs]:
         """Check what a client sent; None stays None."""
         if body is None:
             return None
         try:
-            needs = cls(tuple(dict.fromkeys(map(task_key, body["ids"]))), **{k: body[k] for k in cls._fields[1:] if k in body})
+            flags = {k: body[k] for k in cls._fields[1:] if k in body}
+            needs = cls(tuple(dict.fromkeys(map(task_key, body["ids"]))), **flags)
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise ProtocolError(f"{body!r} is not a dependency: {e}") from None
         if not all(type(flag) is bool for flag in needs[1:]) or not (needs.success or needs.failure):
@@ -109,8 +110,8 @@ class Spec:
 
     __slots__ = ("targets", "allowed", "retries", "fn", "function", "raw", "after", "follow", "timeout")
 
-    def __init__(self, targets: Optional[Tuple[int, ...]] = None, retries: int = 0, fn: Optional[str] = None, op: str = "",
-                 raw: bytes = b"", after: Optional[Needs] = None, follow: Optional[Needs] = None,
+    def __init__(self, targets: Optional[tuple[int, ...]] = None, retries: int = 0, fn: Optional[str] = None,
+                 op: str = "", raw: bytes = b"", after: Optional[Needs] = None, follow: Optional[Needs] = None,
                  timeout: Optional[float] = None):
         self.targets = targets
         self.allowed: Optional[Ids] = None if targets is None else frozenset(targets)
@@ -123,7 +124,7 @@ class Spec:
         self.timeout = timeout
 
     @classmethod
-    def from_json(cls, raw: bytes) -> "Spec":
+    def from_json(cls, raw: bytes) -> Spec:
         """Read a spec; keys that mean nothing to the scheduler are ignored.
 
         Raises:
@@ -187,7 +188,7 @@ class _Tally:
         self.needs = needs
         self.left = len(needs.ids)
         self.good = self.bad = 0
-        self.engines: Dict[int, None] = {}  # where the good ones ran
+        self.engines: dict[int, None] = {}  # where the good ones ran
         self.unknown: Optional[TaskKey] = None  # a task that nobody knows
 
     def note(self, outcome: Outcome) -> None:
@@ -210,15 +211,12 @@ class _Tally:
 class _Wait:
     """Tasks submitted together that depend on the same others."""
 
-    __slots__ = ("tasks", "after", "follow")
+    __slots__ = ("tasks", "tallies", "follow")
 
     def __init__(self, spec: Spec):
-        self.tasks: Dict[TaskKey, Task] = {}
-        self.after = spec.after and _Tally(spec.after)
-        self.follow = spec.follow and _Tally(spec.follow)
-
-    def tallies(self) -> List[_Tally]:
-        return [t for t in (self.after, self.follow) if t]
+        self.tasks: dict[TaskKey, Task] = {}
+        self.tallies = [_Tally(needs) for needs in (spec.after, spec.follow) if needs]
+        self.follow = self.tallies[-1] if spec.follow else None
 
 
 class EngineState:
@@ -228,7 +226,7 @@ class EngineState:
 
     def __init__(self, engine_id: int, now: float):
         self.id = engine_id
-        self.outstanding: Dict[TaskKey, Task] = {}
+        self.outstanding: dict[TaskKey, Task] = {}
         self.backlog = 0.0  # estimated s of all outstanding tasks
         self.progress = now  # when it last finished something, or was given work while idle
         self.stuck = False  # its running task takes long: nothing is sent behind it
@@ -236,15 +234,15 @@ class EngineState:
         self.rank = 0.0  # what the policy says; the least is served first
         self.used = 0  # grows when it is given tasks
         self.stamp = 0  # grows when its load changes; an entry of `_heap` with another stamp is void
-        self.queues: Dict[_Queue, None] = {}  # those that name it and are not empty
+        self.queues: dict[_Queue, None] = {}  # those that name it and are not empty
         self.done = 0
 
 
 class _Queue:
     """READY tasks with the same constraint, oldest first.
 
-    `fresh` holds those that never left, in order; `back` is a heap of those that came back. Tasks that ended in here are
-    skipped when they come up: `count` does not include them.
+    `fresh` holds those that never left, in order; `back` is a heap of those that came back. Tasks that ended in here
+    are skipped when they come up: `count` does not include them.
     """
 
     __slots__ = ("allowed", "barred", "fresh", "back", "count", "engines")
@@ -252,10 +250,10 @@ class _Queue:
     def __init__(self, allowed: Optional[Ids], barred: Optional[Ids]):
         self.allowed = allowed
         self.barred = barred
-        self.fresh: Deque[Task] = deque()
-        self.back: List[Tuple[int, Task]] = []
+        self.fresh: deque[Task] = deque()
+        self.back: list[tuple[int, Task]] = []
         self.count = 0
-        self.engines: Dict[EngineState, None] = {}  # who may take from it; not kept for the queue of any engine
+        self.engines: dict[EngineState, None] = {}  # who may take from it; not kept for the queue of any engine
 
     def admits(self, engine_id: int) -> bool:
         return (self.allowed is None or engine_id in self.allowed) and (
@@ -287,39 +285,37 @@ class _Queue:
             self.fresh.clear()
             self.back.clear()
 
-    def tasks(self) -> List[Task]:
+    def tasks(self) -> list[Task]:
         found = [t for t in self.fresh if t.state is READY] + [t for _, t in self.back if t.state is READY]
         return sorted(found, key=lambda t: t.order)
 
 
-V = TypeVar("V")
+class _Outcomes:
+    """How tasks ended: the last `OUTCOMES` of them at least, and at most twice as many."""
 
+    __slots__ = ("count", "new", "old")
 
-class _Recent(Generic[V]):
-    """A dict of at least the last `size` keys that were set, and at most twice as many."""
+    def __init__(self) -> None:
+        self.count = 0
+        self.new: dict[bytes, dict[int, Outcome]] = {}  # by session and number: no object of its own per task
+        self.old: dict[bytes, dict[int, Outcome]] = {}
 
-    __slots__ = ("size", "new", "old")
+    def book(self, session: bytes) -> dict[int, Outcome]:
+        """Where to write down the outcomes of tasks of a session; who does so adds them to `count`."""
+        if self.count >= OUTCOMES:
+            self.old, self.new, self.count = self.new, {}, 0
+        return self.new.setdefault(session, {})
 
-    def __init__(self, size: int):
-        self.size = size
-        self.new: Dict[Any, V] = {}
-        self.old: Dict[Any, V] = {}
-
-    def __setitem__(self, key: Any, value: V) -> None:
-        if len(self.new) >= self.size:
-            self.old, self.new = self.new, {}
-        self.new[key] = value
-
-    def get(self, key: Any) -> Optional[V]:
-        value = self.new.get(key)
-        return self.old.get(key) if value is None else value
-
-    def __len__(self) -> int:
-        return len(self.new) + len(self.old)
+    def get(self, key: TaskKey) -> Optional[Outcome]:
+        for book in (self.new, self.old):
+            outcome = book.get(key[0], {}).get(key[1])
+            if outcome is not None:
+                return outcome
+        return None
 
 
 class Submit(NamedTuple):
-    tasks: List[Task]
+    tasks: list[Task]
 
 
 class Finished(NamedTuple):
@@ -327,7 +323,7 @@ class Finished(NamedTuple):
 
     engine_id: int
     session: bytes
-    records: List[Tuple[Any, ...]]
+    records: list[tuple[Any, ...]]
 
 
 class Returned(NamedTuple):
@@ -335,7 +331,7 @@ class Returned(NamedTuple):
 
     engine_id: int
     session: bytes
-    ids: List[Tuple[int, int]]
+    ids: list[tuple[int, int]]
 
 
 class EngineUp(NamedTuple):
@@ -359,7 +355,7 @@ class EngineDown(NamedTuple):
 
 class Abort(NamedTuple):
     session: bytes
-    seqs: List[int]
+    seqs: list[int]
 
 
 class Tick(NamedTuple):
@@ -368,7 +364,7 @@ class Tick(NamedTuple):
 
 class Run(NamedTuple):
     engine_id: int
-    tasks: List[Task]
+    tasks: list[Task]
 
 
 class Accept(NamedTuple):
@@ -376,7 +372,7 @@ class Accept(NamedTuple):
 
     engine_id: int
     session: bytes
-    positions: Optional[List[int]]
+    positions: Optional[list[int]]
 
 
 class Fail(NamedTuple):
@@ -391,31 +387,25 @@ class Recall(NamedTuple):
     """Ask an engine to give back these tasks if it has not started them."""
 
     engine_id: int
-    keys: List[TaskKey]
+    keys: list[TaskKey]
 
 
 Effect = Union[Run, Accept, Fail, Recall]
 
 
-Policy = Tuple[Callable[[EngineState, random.Random], float], int]
+Policy = tuple[Callable[[EngineState, float, random.Random], float], int]
 
-# How the open engines are ranked, and of how many of the best ones the least loaded is taken. Equals are served in turn.
-POLICIES: Dict[str, Policy] = {
-    "leastload": (lambda engine, rng: engine.backlog, 1),
-    "lru": (lambda engine, rng: engine.used, 1),
-    "pure": (lambda engine, rng: engine.used, 1),
-    "plainrandom": (lambda engine, rng: rng.random(), 1),
-    "twobin": (lambda engine, rng: rng.random(), 2),
-    "weighted": (lambda engine, rng: rng.expovariate(1 / (1 + len(engine.outstanding))), 2),
+# How open engines are ranked, least first, and of how many of the best the least loaded is taken; equals are served in
+# turn. The random ones are a race of exponential clocks from `turn`, the rank of the last engine taken: as these have
+# no memory, every engine always has the chance that its rate gives it, and none needs to be drawn anew.
+POLICIES: dict[str, Policy] = {
+    "leastload": (lambda engine, turn, rng: engine.backlog, 1),
+    "lru": (lambda engine, turn, rng: engine.used, 1),
+    "pure": (lambda engine, turn, rng: engine.used, 1),
+    "plainrandom": (lambda engine, turn, rng: turn + rng.expovariate(1), 1),
+    "twobin": (lambda engine, turn, rng: turn + rng.expovariate(1), 2),
+    "weighted": (lambda engine, turn, rng: turn + rng.expovariate(1 / (1 + len(engine.outstanding))), 2),
 }
-
-
-def _by_rank(engine: EngineState) -> Tuple[float, int]:
-    return engine.rank, engine.stamp
-
-
-def _by_load(engine: EngineState) -> Tuple[float, int]:
-    return engine.backlog, engine.stamp
 
 
 class Scheduler:
@@ -444,32 +434,33 @@ class Scheduler:
         self._rng = rng or random.Random(0)
         self._limit_s = prefetch_s if hwm is None else math.inf
         self._cap = CAP if hwm is None else hwm or math.inf
-        self.tasks: Dict[TaskKey, Task] = {}
-        self.engines: Dict[int, EngineState] = {}
+        self.tasks: dict[TaskKey, Task] = {}
+        self.engines: dict[int, EngineState] = {}
         self.ended = {DONE: 0, FAILED: 0, ABORTED: 0}
         self._any = _Queue(None, None)
-        self._queues: Dict[Tuple[Optional[Ids], Optional[Ids]], _Queue] = {}  # the others, none of them empty
-        self._open: Dict[EngineState, None] = {}
-        self._idle: Dict[EngineState, None] = {}  # those without tasks
-        self._loaded: Dict[EngineState, None] = {}  # those with two or more
-        self._heap: List[Tuple[float, int, EngineState]] = []  # the open ones, best first, and void entries
-        self._estimates: _Recent[float] = _Recent(FUNCTIONS)  # s by function
-        self._outcomes: _Recent[Outcome] = _Recent(OUTCOMES)
-        self._dependents: Dict[TaskKey, Dict[_Tally, _Wait]] = {}  # who waits for the task
-        self._ends: Deque[Tuple[TaskKey, Outcome]] = deque()  # of tasks that others wait for; to be told
-        self._timeouts: List[Tuple[float, int, Task]] = []  # heap of (when, order, task); may hold some that are assigned
-        self._ring: Deque[Tuple[float, TaskKey, State, Optional[int], int, str]] = deque(maxlen=RING)
+        self._queues: dict[tuple[Optional[Ids], Optional[Ids]], _Queue] = {}  # the others, none of them empty
+        self._open: dict[EngineState, None] = {}
+        self._idle: dict[EngineState, None] = {}  # those without tasks
+        self._loaded: dict[EngineState, None] = {}  # those with two or more
+        self._heap: list[tuple[float, int, EngineState]] = []  # the open ones, best first, and void entries
+        self._estimates: dict[str, float] = {}  # s by function
+        self._outcomes = _Outcomes()
+        self._dependents: dict[TaskKey, dict[_Tally, _Wait]] = {}  # who waits for the task
+        self._ends: deque[tuple[TaskKey, Outcome]] = deque()  # of tasks that others wait for; to be told
+        self._timeouts: list[tuple[float, int, TaskKey]] = []  # heap of (when, order, key); may hold assigned ones
+        self._ring: deque[tuple[float, TaskKey, State, Optional[int], int, str]] = deque(maxlen=RING)
         self._orders = 0
         self._stamps = 0
+        self._turn = 0.0
         self._left_at = -math.inf  # when the last engine went
         self._recall_at: Optional[float] = None
         self._now = 0.0
-        self._effects: List[Effect] = []
-        self._runs: Dict[EngineState, List[Task]] = {}
-        self._touched: Dict[EngineState, None] = {}  # their load has changed
-        self._fed: Dict[_Queue, None] = {}  # queues that gained tasks
+        self._effects: list[Effect] = []
+        self._runs: dict[EngineState, list[Task]] = {}
+        self._touched: dict[EngineState, None] = {}  # their load has changed
+        self._fed: dict[_Queue, None] = {}  # queues that gained tasks
 
-    def handle(self, event: Any, now: float) -> List[Effect]:
+    def handle(self, event: Any, now: float) -> list[Effect]:
         """What to do about an event.
 
         Args:
@@ -502,20 +493,21 @@ class Scheduler:
             times.append(self._timeouts[0][0])
         return min(times) if times else None
 
-    def queue_status(self, ids: Iterable[int]) -> Dict[Any, Any]:
-        """How much there is to do: for each engine the unfinished tasks that only it may run (`queue`), the others that
-        it holds (`tasks`), and how many it has `completed`; and how many are `unassigned` and not bound to one engine."""
-        status: Dict[Any, Any] = {}
+    def queue_status(self, ids: Iterable[int]) -> dict[Any, Any]:
+        """How much there is to do: for each engine the unfinished tasks that only it may run (`queue`), the others
+        that it holds (`tasks`), and how many it has `completed`; and how many are `unassigned` and not bound to one."""
+        status: dict[Any, Any] = {}
         for engine in [self.engines[i] for i in ids if i in self.engines]:
             only = frozenset((engine.id,))
-            bound = sum(t.spec.allowed == only for t in engine.outstanding.values())
+            held = len(engine.outstanding)
+            bound = sum(t.allowed == only for t in engine.outstanding.values())
             queued = sum(q.count for q in engine.queues if q.allowed == only)
-            status[engine.id] = {"queue": bound + queued, "tasks": len(engine.outstanding) - bound, "completed": engine.done}
+            status[engine.id] = {"queue": bound + queued, "tasks": held - bound, "completed": engine.done}
         bound = sum(q.count for q in self._queues.values() if q.allowed is not None and len(q.allowed) == 1)
         status["unassigned"] = len(self.tasks) - sum(len(e.outstanding) for e in self.engines.values()) - bound
         return status
 
-    def story(self, key: TaskKey) -> List[str]:
+    def story(self, key: TaskKey) -> list[str]:
         """What happened to a task, as far as it is remembered."""
         lines = []
         for when, which, state, engine, attempt, note in self._ring:
@@ -526,10 +518,10 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert all that must hold between two events. Slow: for tests."""
-        seen: Dict[TaskKey, State] = {}
+        seen: dict[TaskKey, State] = {}
         for queue in (self._any, *self._queues.values()):
             tasks = queue.tasks()
-            assert queue.count == len(tasks) and (tasks or queue is self._any), "a queue miscounts, or is empty and kept"
+            assert queue.count == len(tasks) and (tasks or queue is self._any), "a queue miscounts, or is kept"
             assert all(a.order < b.order for a, b in zip(tasks, tasks[1:])), "a queue holds a task twice"
             for task in tasks:
                 assert (task.allowed, task.excluded) == (queue.allowed, queue.barred), f"{task!r} is in a wrong queue"
@@ -539,13 +531,14 @@ class Scheduler:
                 assert self._queues[queue.allowed, queue.barred] is queue
                 assert set(queue.engines) == {e for e in self.engines.values() if queue.admits(e.id)} != set()
                 assert all(queue in e.queues for e in queue.engines)
-            assert not tasks or not any(e.open and queue.admits(e.id) for e in self.engines.values()), "work is held back"
+            takers = [e for e in self.engines.values() if e.open and queue.admits(e.id)]
+            assert not tasks or not takers, "work is held back"
         valid = {e for _, stamp, e in self._heap if e.stamp == stamp}
         for engine in self.engines.values():
             held = len(engine.outstanding)
             assert all(q.count and engine in q.engines for q in engine.queues)
             assert abs(engine.backlog - sum(t.est for t in engine.outstanding.values())) < 1e-6
-            assert held <= self._cap and (held or engine.open), "an engine is flooded, or idle and closed"
+            assert held <= self._cap and (held or engine.open and not engine.stuck), "flooded, or idle and closed"
             assert engine.open == (engine in self._open) == (engine in valid)
             assert (engine in self._idle) == (not held) and (engine in self._loaded) == (held > 1)
             for key, task in engine.outstanding.items():
@@ -558,15 +551,15 @@ class Scheduler:
         assert {wait for _, _, wait in watched} == waits and {key for key, _, _ in watched} <= set(self.tasks)
         for wait in waits:
             assert all(t.wait is wait for t in wait.tasks.values())
-            verdicts = [t.verdict() for t in wait.tallies()]
+            verdicts = [t.verdict() for t in wait.tallies]
             assert None in verdicts and False not in verdicts, "tasks wait for nothing"
-            for tally in wait.tallies():
+            for tally in wait.tallies:
                 assert tally.left == sum(t is tally for _, t, _ in watched)
             seen.update(dict.fromkeys(wait.tasks, WAITING))
         assert seen == {k: t.state for k, t in self.tasks.items()}, "a task is lost, or not where its state says"
-        timed = {task for _, _, task in self._timeouts}
-        assert all(t in timed for t in self.tasks.values() if t.spec.timeout is not None and not t.attempt)
-        assert not self._timeouts or self._timeouts[0][2].state in (WAITING, READY) and self._timeouts[0][0] > self._now
+        timed = {order for _, order, _ in self._timeouts}
+        assert all(t.order in timed for t in self.tasks.values() if t.spec.timeout is not None and not t.attempt)
+        assert not self._timeouts or self._unassigned(self._timeouts[0][2]) and self._timeouts[0][0] > self._now
         assert not self._touched and not self._fed and not self._runs and not self._effects
 
     def _move(self, task: Task, state: State, note: str = "") -> None:
@@ -582,13 +575,12 @@ class Scheduler:
         self._move(task, state, message)
         self.ended[state] += 1
         del self.tasks[task.key]
-        self._end(task.key, (False, None))
+        task.payload = b""  # its queue may keep the task until it comes up
+        self._outcomes.book(task.key[0])[task.key[1]] = (False, None)
+        self._outcomes.count += 1
+        if task.key in self._dependents:
+            self._ends.append((task.key, (False, None)))
         self._effects.append(Fail(task, ename, message))
-
-    def _end(self, key: TaskKey, outcome: Outcome) -> None:
-        self._outcomes[key] = outcome
-        if key in self._dependents:
-            self._ends.append((key, outcome))
 
     # events
 
@@ -606,12 +598,10 @@ class Scheduler:
             tasks[task.key] = task
             if spec is None or task.spec is not spec:
                 if wait is not None:
-                    self._judge(wait)
+                    self._depend(wait)
                 spec = task.spec
                 wait = _Wait(spec) if spec.after or spec.follow else None
-                if wait is not None:
-                    self._depend(wait)
-                else:
+                if wait is None:
                     queue = self._queue(spec.allowed, None)
             if spec.timeout is not None:
                 self._limit_waiting(task, spec.timeout)
@@ -626,13 +616,18 @@ class Scheduler:
             queue.fresh.append(task)
             queue.count += 1
         if wait is not None:
-            self._judge(wait)
+            self._depend(wait)
 
     def _limit_waiting(self, task: Task, timeout: float) -> None:
-        heappush(self._timeouts, (self._now + timeout, task.order, task))
+        heappush(self._timeouts, (self._now + timeout, task.order, task.key))
         if len(self._timeouts) > 64 + 2 * len(self.tasks):
-            self._timeouts = [entry for entry in self._timeouts if entry[2].attempt == 0 and entry[2].key in self.tasks]
+            self._timeouts = [entry for entry in self._timeouts if self._unassigned(entry[2])]
             heapify(self._timeouts)
+
+    def _unassigned(self, key: TaskKey) -> Optional[Task]:
+        """The task, if it has not been assigned yet."""
+        task = self.tasks.get(key)
+        return None if task is None or task.attempt else task
 
     def _unregistered(self, spec: Spec) -> str:
         names = ", ".join(map(str, spec.targets or ()))
@@ -644,9 +639,10 @@ class Scheduler:
         engine = self.engines.get(engine_id)
         if engine is None:
             return
-        outstanding, tasks, outcomes, dependents = engine.outstanding, self.tasks, self._outcomes, self._dependents
+        outstanding, tasks, dependents = engine.outstanding, self.tasks, self._dependents
+        book = self._outcomes.book(session)
         good, bad = (True, engine_id), (False, engine_id)
-        counted: List[int] = []
+        counted: list[int] = []
         spec: Optional[Spec] = None
         total, n = 0.0, 0
         for at, record in enumerate(records):
@@ -662,21 +658,23 @@ class Scheduler:
             total += record[2]
             n += 1
             if record[6] == OK:
-                outcomes[key] = good
+                outcome = good
             elif self._again(task, record[6]):
                 continue
             else:
-                outcomes[key] = bad
+                outcome = bad
             self._move(task, DONE)
             del tasks[key]
             counted.append(at)
+            book[record[0]] = outcome
             if dependents and key in dependents:
-                self._ends.append((key, good if record[6] == OK else bad))
+                self._ends.append((key, outcome))
         if n:
             self._measure(spec, total, n)
             engine.progress, engine.stuck = self._now, False
             engine.done += len(counted)
             self.ended[DONE] += len(counted)
+            self._outcomes.count += len(counted)
             self._touched[engine] = None
         if counted:
             everything = len(counted) == len(records)
@@ -687,6 +685,8 @@ class Scheduler:
             recent = total / n
             if not FLOOR_S <= recent < math.inf:
                 recent = FLOOR_S
+            if len(self._estimates) > FUNCTIONS:
+                self._estimates.clear()
             old = self._estimates.get(spec.function)
             self._estimates[spec.function] = recent if old is None or recent > old else old + DECAY * (recent - old)
 
@@ -749,7 +749,7 @@ class Scheduler:
             group.pop(engine, None)
         lost = list(engine.outstanding.values())
         running = lost[0].key if lost and event.running == UNKNOWN else event.running
-        stranded: List[Task] = []
+        stranded: list[Task] = []
         for queue in engine.queues:
             del queue.engines[engine]
             if not queue.engines:
@@ -774,7 +774,7 @@ class Scheduler:
     def _lose(self, task: Task, why: str) -> None:
         """The engine of a task is gone."""
         if task.aborted:
-            self._fail(task, "TaskAborted", "the task was aborted; its engine went before it could say whether it had started")
+            self._fail(task, "TaskAborted", f"the task was aborted; {why}")
         elif task.crashes > self.crash_limit:
             self._fail(task, "EngineError", f"{why}; the task has ended {task.crashes} engines and is not tried again")
         elif self._fits(task):
@@ -788,10 +788,10 @@ class Scheduler:
         self._fail(task, ename, f"{why}; no other engine may run the task")
 
     def _on_abort(self, event: Abort) -> None:
-        recalls: Dict[int, List[TaskKey]] = {}
+        recalls: dict[int, list[TaskKey]] = {}
         for seq in event.seqs:
             task = self.tasks.get((event.session, seq))
-            if task is None or task.aborted:
+            if task is None:
                 continue
             if task.state in (WAITING, READY):
                 self._unqueue(task)
@@ -866,24 +866,26 @@ class Scheduler:
     # dependencies
 
     def _depend(self, wait: _Wait) -> None:
-        """Count what is known of the tasks that others are about to wait for, and watch the rest."""
-        for tally in wait.tallies():
+        """Count what is known of the tasks that others wait for, and watch the rest."""
+        for tally in wait.tallies:
             for key in tally.needs.ids:
-                if key in self.tasks:
-                    self._dependents.setdefault(key, {})[tally] = wait
-                    continue
-                outcome = self._outcomes.get(key)
+                outcome = None if key in self.tasks else self._outcomes.get(key)
                 if outcome is not None:
                     tally.note(outcome)
+                elif key in self.tasks and key not in wait.tasks:
+                    self._dependents.setdefault(key, {})[tally] = wait
                 else:
                     tally.unknown = key
+        self._judge(wait)
 
     def _undepend(self, wait: _Wait) -> None:
-        for tally in wait.tallies():
+        for tally in wait.tallies:
             for key in tally.needs.ids:
                 watchers = self._dependents.get(key)
-                if watchers is not None and watchers.pop(tally, None) and not watchers:
-                    del self._dependents[key]
+                if watchers is not None:
+                    watchers.pop(tally, None)
+                    if not watchers:
+                        del self._dependents[key]
 
     def _tell(self, key: TaskKey, outcome: Outcome) -> None:
         """A task has ended that others wait for."""
@@ -893,27 +895,21 @@ class Scheduler:
 
     def _judge(self, wait: _Wait) -> None:
         """Release the tasks of `wait`, or end them, if it is time."""
-        tallies = wait.tallies()
-        unknown = [t.unknown for t in tallies if t.unknown]
-        verdicts = [t.verdict() for t in tallies]
-        if unknown or False in verdicts:
-            self._undepend(wait)
-            for task in self._take_waiting(wait):
-                if unknown:
-                    self._fail(task, "InvalidDependency", f"the task depends on {msg_id(unknown[0])}, which is not known here, "
-                                                          f"or ended more than {OUTCOMES} tasks ago")
-                else:
-                    self._fail(task, "ImpossibleDependency", "tasks that it depends on did not end as it asks for")
-        elif None not in verdicts:
-            self._undepend(wait)
-            for task in self._take_waiting(wait):
-                self._release(task, wait.follow)
-
-    def _take_waiting(self, wait: _Wait) -> List[Task]:
-        tasks, wait.tasks = list(wait.tasks.values()), {}
-        for task in tasks:
+        verdicts = [tally.verdict() for tally in wait.tallies]
+        unknown = [tally.unknown for tally in wait.tallies if tally.unknown]
+        if None in verdicts and False not in verdicts and not unknown:
+            return
+        self._undepend(wait)
+        tasks, wait.tasks = wait.tasks, {}
+        for task in tasks.values():
             task.wait = None
-        return tasks
+            if unknown:
+                self._fail(task, "InvalidDependency", f"the task depends on {msg_id(unknown[0])}, which the controller "
+                                                      f"never saw, or forgot after {OUTCOMES} others")
+            elif False in verdicts:
+                self._fail(task, "ImpossibleDependency", "tasks that it depends on did not end as it asks for")
+            else:
+                self._release(task, wait.follow)
 
     def _release(self, task: Task, follow: Optional[_Tally]) -> None:
         """What the task waited for is there."""
@@ -924,7 +920,7 @@ class Scheduler:
                 return
             task.allowed = where if task.allowed is None else where & task.allowed
             if not any(i in self.engines for i in task.allowed):
-                self._fail(task, "ImpossibleDependency", "no engine where the tasks to follow ran may run it, or is still there")
+                self._fail(task, "ImpossibleDependency", "the engines where the tasks to follow ran are gone")
                 return
         if self._fits(task) or task.allowed is None:
             self._move(task, READY)
@@ -951,27 +947,32 @@ class Scheduler:
         engine.open = not held or not engine.stuck and held < self._cap and engine.backlog < self._limit_s
         if engine.open:
             self._open[engine] = None
-            engine.rank = self._rank(engine, self._rng)
-            heappush(self._heap, (engine.rank, engine.stamp, engine))
+            self._offer(engine)
             if len(self._heap) > 64 + 4 * len(self.engines):
                 self._heap = [(e.rank, e.stamp, e) for e in self._open]
                 heapify(self._heap)
         else:
             self._open.pop(engine, None)
 
+    def _offer(self, engine: EngineState) -> None:
+        engine.rank = self._rank(engine, self._turn, self._rng)
+        heappush(self._heap, (engine.rank, engine.stamp, engine))
+
     def _pick(self) -> Optional[EngineState]:
         """The best of the open engines that have not been picked since they were settled."""
-        found: List[EngineState] = []
+        found: list[EngineState] = []
         while self._heap and len(found) < self._choices:
-            _, stamp, engine = heappop(self._heap)
+            rank, stamp, engine = heappop(self._heap)
             if stamp == engine.stamp:
+                self._turn = rank
                 found.append(engine)
         if len(found) < 2:
             return found[0] if found else None
-        found.sort(key=_by_load)
-        for engine in found[1:]:
-            heappush(self._heap, (engine.rank, engine.stamp, engine))
-        return found[0]
+        best = min(found, key=lambda e: (e.backlog, e.stamp))
+        for engine in found:
+            if engine is not best:
+                self._offer(engine)
+        return best
 
     def _assign(self) -> None:
         """Give out READY tasks until there are none that an open engine may take."""
@@ -983,8 +984,8 @@ class Scheduler:
             touched.update(queue.engines)
         hungry = [e for e in touched if e.open and e.queues]
         while hungry:
-            shares: Dict[_Queue, int] = {}
-            hungry.sort(key=_by_rank)
+            shares: dict[_Queue, int] = {}
+            hungry.sort(key=lambda e: (e.rank, e.stamp))
             for engine in hungry:
                 if self._feed(engine, shares):
                     self._settle(engine)
@@ -1004,9 +1005,9 @@ class Scheduler:
             for engine in served:
                 self._settle(engine)
 
-    def _feed(self, engine: EngineState, shares: Dict[_Queue, int]) -> bool:
+    def _feed(self, engine: EngineState, shares: dict[_Queue, int]) -> bool:
         """Give an engine the oldest tasks it may take, of each queue no more than its share."""
-        sources: List[Tuple[int, _Queue, int]] = []  # order of the head, queue, what may be taken of it
+        sources: list[tuple[int, _Queue, int]] = []  # order of the head, queue, what may be taken of it
         for queue in (self._any, *engine.queues):
             head = queue.head()
             if head is not None:
@@ -1017,10 +1018,11 @@ class Scheduler:
                 sources.append((head.order, queue, share))
         if not engine.outstanding:
             engine.progress = self._now
+        self._stamps += 1
         engine.used = self._stamps
         before = len(engine.outstanding)
         while sources:
-            sources.sort(key=_by_order)
+            sources.sort(key=lambda source: source[0])
             _, queue, share = sources.pop(0)
             taken = self._take(engine, queue, share, sources[0][0] if sources else math.inf)
             if not taken:
@@ -1066,11 +1068,12 @@ class Scheduler:
         """End what has waited too long. Returns whether there was any."""
         expired = False
         while self._timeouts:
-            when, _, task = self._timeouts[0]
-            if when > self._now and task.state in (WAITING, READY):
+            when, order, key = self._timeouts[0]
+            task = self._unassigned(key)
+            if when > self._now and task is not None:
                 break
             heappop(self._timeouts)
-            if task.state in (WAITING, READY) and task.attempt == 0:
+            if task is not None and task.order == order:
                 ename = "TaskTimeout" if task.wait is None else "DependencyTimeout"
                 self._unqueue(task)
                 self._fail(task, ename, f"the task waited longer than its timeout of {task.spec.timeout:g} s")
@@ -1081,7 +1084,7 @@ class Scheduler:
                 break
             self._any.pop(head)
             self._fail(head, "NoEnginesRegistered",
-                       f"there has been no engine for {self.no_engine_s:g} s; start some with `ipcluster engines` or `ipengine`")
+                       f"no engine has come for {self.no_engine_s:g} s; start some with `ipcluster engines`")
             expired = True
         return expired
 
@@ -1105,8 +1108,8 @@ class Scheduler:
         self._recall_at = later if later < math.inf else None
 
     def _recall(self, engine: EngineState, stuck: bool) -> None:
-        """Ask for unstarted tasks of an engine that an idle one may run: all if it is stuck, else the later half. With a
-        limit of its own on how many tasks an engine holds, which can be much work, always half, lest they go to and fro."""
+        """Ask for unstarted tasks of an engine that an idle one may run: all if it is stuck, else the later half.
+        When `hwm` lets an engine hold much work it is half as well, lest all of it goes to and fro."""
         held = list(engine.outstanding.values())[1:]
         if not stuck or self._limit_s == math.inf:
             held = held[len(held) // 2 :]
@@ -1120,17 +1123,13 @@ class Scheduler:
             self._effects.append(Recall(engine.id, [t.key for t in chosen]))
 
     def _movable(self, task: Task) -> bool:
-        allowed, barred = task.allowed, task.excluded
-        if allowed is None and barred is None:
-            return True
-        return any((allowed is None or e.id in allowed) and (barred is None or e.id not in barred) for e in self._idle)
+        allowed, barred = task.allowed, task.excluded or ()
+        if allowed is None:
+            return any(engine.id not in barred for engine in self._idle)
+        return any(i not in barred and self.engines.get(i) in self._idle for i in allowed)
 
 
-def _by_order(source: Tuple[int, _Queue, int]) -> int:
-    return source[0]
-
-
-_HANDLERS: Dict[type, Callable[[Scheduler, Any], None]] = {
+_HANDLERS: dict[type, Callable[[Scheduler, Any], None]] = {
     Submit: Scheduler._on_submit,
     Finished: Scheduler._on_finished,
     Returned: Scheduler._on_returned,

@@ -146,7 +146,7 @@ class View:
                 under_way.append(self._apply_one(f, args))
             if not under_way:
                 return
-            under_way[0]._client._flush()
+            self.client._connection.flush()
             if not ordered:
                 _bring_forward(under_way)
             yield under_way.popleft().get()
@@ -191,7 +191,7 @@ class DirectView(View):
     def _call(self, op: str, payload: Any, fn: Optional[str], targets: Any, ar: AsyncResult, wake: bool) -> AsyncResult:
         """One payload to all targets."""
         ids, ar._single = self._addressed(targets)
-        return self.client._submit(ar, [(self._spec(op, fn, ids), payload, len(ids))], wake)  # type: ignore[no-any-return]
+        return self.client._connection.submit(ar, [(self._spec(op, fn, ids), payload, len(ids))], wake)  # type: ignore[no-any-return]
 
     def _apply(self, f: Callable[..., Any], args: Any, kwargs: Any, block: bool) -> AsyncResult:
         ar = AsyncResult(self.client, _name(f), False, self.label)
@@ -200,9 +200,9 @@ class DirectView(View):
     def _apply_one(self, f: Callable[..., Any], args: Any) -> AsyncResult:
         ids, _ = self._addressed()
         ar = AsyncResult(self.client, _name(f), True, self.label)
-        engine = ids[self.client._next % len(ids)]
+        engine = ids[self.client._connection.next_number % len(ids)]
         spec = self._spec("apply", self.client._function(f), [engine])
-        return self.client._submit(ar, [(spec, pack.pack((args, {})), 1)])  # type: ignore[no-any-return]
+        return self.client._connection.submit(ar, [(spec, pack.pack((args, {})), 1)])  # type: ignore[no-any-return]
 
     def _map(self, f: Callable[..., Any], sequences: Sequence[Any], return_exceptions: bool = False) -> AsyncMapResult:
         """One chunk of items per engine."""
@@ -294,7 +294,7 @@ class DirectView(View):
             parts = [part[0] if len(part) == 1 else part for part in parts]
         ar = AsyncResult(self.client, "scatter", single, self.label)
         tasks = [(self._spec("push", None, [engine]), pack.pack({key: part}), 1) for engine, part in zip(ids, parts)]
-        return self._answer(self.client._submit(ar, tasks, not self._waits(block)), block)
+        return self._answer(self.client._connection.submit(ar, tasks, not self._waits(block)), block)
 
     def gather(self, key: str, dist: str = "b", targets: Any = None, block: Optional[bool] = None) -> Any:
         """The inverse of `scatter`: the parts named `key` put together again."""
@@ -303,7 +303,7 @@ class DirectView(View):
         ar = _Gathered(self.client, "gather", False, self.label)
         ar._dist = dist
         ids, _ = self._addressed(targets)
-        self.client._submit(ar, [(self._spec("pull", None, ids), pack.pack(key), len(ids))], not self._waits(block))
+        self.client._connection.submit(ar, [(self._spec("pull", None, ids), pack.pack(key), len(ids))], not self._waits(block))
         return self._answer(ar, block)
 
 
@@ -356,7 +356,7 @@ class LoadBalancedView(View):
         client = self.client
         payload = pack.pack((args, kwargs))
         spec = self._task_spec("apply", client._function(f))
-        return client._submit(AsyncResult(client, _name(f), True, self.label), ((spec, payload, 1),), not block)  # type: ignore[no-any-return]
+        return client._connection.submit(AsyncResult(client, _name(f), True, self.label), ((spec, payload, 1),), not block)  # type: ignore[no-any-return]
 
     def _map(self, f: Callable[..., Any], sequences: Sequence[Any], chunksize: Optional[int] = None, ordered: bool = True,
              return_exceptions: bool = False) -> AsyncMapResult:
@@ -373,7 +373,7 @@ class LoadBalancedView(View):
 
 
 def _submit_map(client: Any, ar: AsyncMapResult, tasks: list[Any]) -> AsyncMapResult:
-    client._submit(ar, tasks)
+    client._connection.submit(ar, tasks)
     if not tasks:
         ar._finish()
     return ar

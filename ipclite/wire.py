@@ -7,14 +7,13 @@ depends on the kind:
     PING PONG                                                       nothing
     FUNCTION                                                        digest, then the frames of the function
     FORGET ABORT RETURNED                                           ids, see below
-    TASKS                                                           sections: spec, index, blob, large frames ...
-    RESULTS                                                         sections:       index, blob, large frames ...
+    TASKS RESULTS                                                   sections: one frame, then its large frames ...
     OUTPUT                                                          session, then a JSON list of [seq, stream, text]
 
 Tasks travel in batches. A *section* holds tasks of one client that share a *spec* (a JSON object: what to do with the
-payload, and under which conditions). Its index is the client's 8-byte session followed by one fixed-size record per task;
-the small payloads lie one after the other in the blob, large ones follow as frames of their own. So a thousand
-tasks cost four frames, and whoever forwards them copies bytes without looking at them.
+payload, and under which conditions). Its first frame holds a head, the spec, an index of one fixed-size record per task, and the
+small payloads one after the other (the blob); large ones follow as frames of their own. So a thousand tasks cost two
+frames, and whoever forwards them copies bytes without looking at them. Results travel the same way, without a spec.
 
 A payload is `bytes` (small, one piece) or a list of buffers. Rules that hold here: nothing is unpickled, everything
 that comes from outside is checked, and what is wrong raises `ProtocolError`.
@@ -45,6 +44,7 @@ KINDS = frozenset((HELLO, WELCOME, REFUSED, PING, PONG, BYE, FUNCTION, FORGET, T
                    RETURNED, ENGINES, QUERY, REPLY, EXITED, CONTROL))
 
 OK, ERROR, UNMET = 0, 1, 2  # status of a result; UNMET: refused, as a dependency does not hold on this engine
+NO_ENGINE = 0xFFFFFFFF  # engine id of a result that no engine made
 
 INLINE_MAX = 16 * 1024  # larger pieces are not copied into a blob
 BATCH_TASKS = 512  # a message carries at most this many tasks ...
@@ -57,7 +57,9 @@ TaskKey = Tuple[bytes, int]  # a task's id: session of its client, number within
 
 _TASK = struct.Struct("<QIHH")  # number, bytes in the blob, large frames, attempt (or, from a client, fan-out)
 _RESULT = struct.Struct("<QddIHHB")  # number, start [s since the epoch], run time [s], bytes, frames, attempt, status
-_RESULT_HEAD = struct.Struct("<8sI")  # session, engine id
+_OUTPUT_HEAD = struct.Struct("<8sI")  # session, engine id
+_TASKS_HEAD = struct.Struct("<I8sI")  # bytes of the spec, session, tasks
+_RESULTS_HEAD = struct.Struct("<8sII")  # session, engine id, results
 _LENGTH = struct.Struct("<I")
 _ID = struct.Struct("<QH")  # number, attempt
 
@@ -120,13 +122,13 @@ def encode_error(info: dict[str, Any], pickled: bytes = b"") -> bytes:
 def decode_error(payload: Payload) -> tuple[dict[str, Any], bytes]:
     """The inverse of `encode_error`: (info, pickled exception)."""
     whole = payload if isinstance(payload, bytes) else b"".join(payload)
-    if len(whole) < _LENGTH.size:
+    end = _LENGTH.size + (_LENGTH.unpack_from(whole)[0] if len(whole) >= _LENGTH.size else 0)
+    if len(whole) < end:
         raise ProtocolError("an error is cut short")
-    end = _LENGTH.size + _LENGTH.unpack_from(whole)[0]
     return decode_dict([b"", whole[_LENGTH.size : end]]), whole[end:]
 
 
-def _add_payload(payload: Payload, blob: list[Buffer], large: list[Buffer]) -> tuple[int, int]:
+def _add_payload(payload: Payload, blob: list[bytes], large: list[Buffer]) -> tuple[int, int]:
     """Put a payload where it belongs; returns its bytes in the blob and its number of large frames."""
     if type(payload) is bytes:
         if len(payload) <= INLINE_MAX:
@@ -151,8 +153,8 @@ def encode_tasks(spec: bytes, session: bytes, tasks: Iterable[tuple[int, int, Pa
         session: the 8 bytes that name their client.
         tasks: (number, attempt or fan-out, payload) of each.
     """
-    index: list[bytes] = [session]
-    blob: list[Buffer] = []
+    index: list[bytes] = []
+    blob: list[bytes] = []
     large: list[Buffer] = []
     record = _TASK.pack
     for seq, extra, payload in tasks:
@@ -162,44 +164,41 @@ def encode_tasks(spec: bytes, session: bytes, tasks: Iterable[tuple[int, int, Pa
         else:
             size, frames = _add_payload(payload, blob, large)
             index.append(record(seq, size, frames, extra))
-    return [spec, b"".join(index), b"".join(blob), *large]
+    return [b"".join([_TASKS_HEAD.pack(len(spec), session, len(index)), spec, *index, *blob]), *large]
 
 
 def decode_tasks(frames: Sequence[Any]) -> Iterator[tuple[bytes, bytes, list[tuple[int, int, Payload]]]]:
     """The sections of a TASKS message: (spec, session, [(number, attempt or fan-out, payload), ...])."""
     at, end = 1, len(frames)
     while at < end:
-        if at + 3 > end:
+        whole = bytes(frames[at])
+        if len(whole) < _TASKS_HEAD.size:
             raise ProtocolError("a section of tasks is cut short")
-        spec, index, blob = bytes(frames[at]), bytes(frames[at + 1]), bytes(frames[at + 2])
-        records = _records(_TASK, index, SESSION_SIZE)
-        at += 3
+        spec_size, session, count = _TASKS_HEAD.unpack_from(whole)
+        index = _TASKS_HEAD.size + spec_size
+        start = index + count * _TASK.size
+        if start > len(whole):
+            raise ProtocolError("a section of tasks is cut short")
+        at += 1
         tasks: list[tuple[int, int, Payload]] = []
-        start = 0
-        for seq, size, large, extra in records:
+        for seq, size, large, extra in _TASK.iter_unpack(memoryview(whole)[index:start]):
             stop = start + size
             if large:
-                payload: Payload = [blob[start:stop], *frames[at : at + large]] if size else list(frames[at : at + large])
+                payload: Payload = [whole[start:stop], *frames[at : at + large]] if size else list(frames[at : at + large])
                 at += large
             else:
-                payload = blob[start:stop]
+                payload = whole[start:stop]
             tasks.append((seq, extra, payload))
             start = stop
-        if start != len(blob) or at > end:
+        if start != len(whole) or at > end:
             raise ProtocolError("the index of a section of tasks does not fit its frames")
-        yield spec, index[:SESSION_SIZE], tasks
-
-
-def _records(form: struct.Struct, index: bytes, head: int) -> Iterator[tuple[Any, ...]]:
-    if len(index) < head or (len(index) - head) % form.size:
-        raise ProtocolError("an index has the wrong length")
-    return form.iter_unpack(memoryview(index)[head:])
+        yield whole[_TASKS_HEAD.size : index], session, tasks
 
 
 def encode_results(session: bytes, engine_id: int, results: Iterable[Result]) -> list[Buffer]:
     """One section of a RESULTS message: outcomes of tasks of one client on one engine."""
-    index: list[bytes] = [_RESULT_HEAD.pack(session, engine_id)]
-    blob: list[Buffer] = []
+    index: list[bytes] = []
+    blob: list[bytes] = []
     large: list[Buffer] = []
     record = _RESULT.pack
     for seq, started, duration, attempt, status, payload in results:
@@ -209,7 +208,7 @@ def encode_results(session: bytes, engine_id: int, results: Iterable[Result]) ->
         else:
             size, frames = _add_payload(payload, blob, large)
             index.append(record(seq, started, duration, size, frames, attempt, status))
-    return [b"".join(index), b"".join(blob), *large]
+    return [b"".join([_RESULTS_HEAD.pack(session, engine_id, len(index)), *index, *blob]), *large]
 
 
 def result_sections(frames: Sequence[Any]) -> Iterator[tuple[bytes, int, list[tuple[Any, ...]], Sequence[Any]]]:
@@ -221,29 +220,32 @@ def result_sections(frames: Sequence[Any]) -> Iterator[tuple[bytes, int, list[tu
     """
     at, end = 1, len(frames)
     while at < end:
-        if at + 2 > end:
+        whole = frames[at]
+        if len(whole) < _RESULTS_HEAD.size:
             raise ProtocolError("a section of results is cut short")
-        index = bytes(frames[at])
-        records = list(_records(_RESULT, index, _RESULT_HEAD.size))
-        session, engine_id = _RESULT_HEAD.unpack_from(index)
-        stop = at + 2 + sum([r[4] for r in records])
-        if stop > end or sum([r[3] for r in records]) != len(frames[at + 1]):
+        session, engine_id, count = _RESULTS_HEAD.unpack_from(whole)
+        blob = _RESULTS_HEAD.size + count * _RESULT.size
+        if blob > len(whole):
+            raise ProtocolError("a section of results is cut short")
+        records = list(_RESULT.iter_unpack(memoryview(whole)[_RESULTS_HEAD.size : blob]))
+        stop = at + 1 + sum([r[4] for r in records])
+        if stop > end or blob + sum([r[3] for r in records]) != len(whole):
             raise ProtocolError("the index of a section of results does not fit its frames")
         yield session, engine_id, records, frames[at:stop]
         at = stop
 
 
-def section_results(records: Iterable[tuple[Any, ...]], section: Sequence[Any]) -> Iterator[Result]:
+def section_results(records: Sequence[tuple[Any, ...]], section: Sequence[Any]) -> Iterator[Result]:
     """The results of one section that `result_sections` yielded."""
-    blob = bytes(section[1])
-    start, at = 0, 2
+    whole = bytes(section[0])
+    start, at = _RESULTS_HEAD.size + len(records) * _RESULT.size, 1
     for seq, started, duration, size, large, attempt, status in records:
         stop = start + size
         if large:
-            payload: Payload = [blob[start:stop], *section[at : at + large]] if size else list(section[at : at + large])
+            payload: Payload = [whole[start:stop], *section[at : at + large]] if size else list(section[at : at + large])
             at += large
         else:
-            payload = blob[start:stop]
+            payload = whole[start:stop]
         start = stop
         yield Result(seq, started, duration, attempt, status, payload)
 
@@ -255,20 +257,20 @@ def encode_ids(kind: bytes, session: bytes, ids: Iterable[tuple[int, int]]) -> l
 
 def decode_ids(frames: Sequence[Any]) -> tuple[bytes, list[tuple[int, int]]]:
     """The inverse of `encode_ids`: (session, [(number, attempt), ...])."""
-    if len(frames) != 2:
-        raise ProtocolError("ids take one frame")
+    if len(frames) != 2 or len(frames[1]) < SESSION_SIZE or (len(frames[1]) - SESSION_SIZE) % _ID.size:
+        raise ProtocolError("a list of ids has the wrong length")
     index = bytes(frames[1])
-    return index[:SESSION_SIZE], list(_records(_ID, index, SESSION_SIZE))  # type: ignore[arg-type]
+    return index[:SESSION_SIZE], list(_ID.iter_unpack(index[SESSION_SIZE:]))  # type: ignore[arg-type]
 
 
 def encode_output(session: bytes, engine_id: int, pieces: list[Any]) -> list[Buffer]:
     """OUTPUT: pieces [number of the task, "stdout" or "stderr", text] written on an engine."""
-    return [OUTPUT, _RESULT_HEAD.pack(session, engine_id), json.dumps(pieces, separators=(",", ":")).encode()]
+    return [OUTPUT, _OUTPUT_HEAD.pack(session, engine_id), json.dumps(pieces, separators=(",", ":")).encode()]
 
 
 def decode_output(frames: Sequence[Any]) -> tuple[bytes, int, list[Any]]:
     """The inverse of `encode_output`: (session, engine id, pieces)."""
-    if len(frames) != 3 or len(frames[1]) != _RESULT_HEAD.size:
+    if len(frames) != 3 or len(frames[1]) != _OUTPUT_HEAD.size:
         raise ProtocolError("an output message has the wrong frames")
-    session, engine_id = _RESULT_HEAD.unpack(bytes(frames[1]))
+    session, engine_id = _OUTPUT_HEAD.unpack(bytes(frames[1]))
     return session, engine_id, decode_json(frames, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from support import MARK, Leaks, eventually, our_processes
+
+import ipclite as ipp
 
 PATIENCE_S = 10  # what a stopped cluster may take to vanish
 REAL = {"integration", "schedulers"}  # folders whose tests start processes
@@ -24,15 +27,21 @@ def _mark():
     assert not left, f"processes outlive the tests: {left}"
 
 
-@pytest.fixture
-def ipython_dir(monkeypatch):
-    """An empty $IPYTHONDIR for the test and all it starts; sockets go to a short path beside it."""
+@contextlib.contextmanager
+def _own_folders(monkeypatch):
     base = Path(tempfile.mkdtemp(prefix="ipc-"))
     (base / "ipython").mkdir(mode=0o700)
     monkeypatch.setenv("IPYTHONDIR", str(base / "ipython"))
     monkeypatch.setenv("IPCLITE_RUNTIME_DIR", str(base / "run"))
     yield base / "ipython"
     shutil.rmtree(base)
+
+
+@pytest.fixture
+def ipython_dir(monkeypatch):
+    """An empty $IPYTHONDIR for the test and all it starts; sockets go to a short path beside it."""
+    with _own_folders(monkeypatch) as folder:
+        yield folder
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +53,10 @@ def _nothing_left_behind(request):
     folder = request.getfixturevalue("ipython_dir").parent
     leaks = Leaks(folder, files=request.node.get_closest_marker("keeps_files") is None)
     yield
+    _expect_nothing(leaks)
+
+
+def _expect_nothing(leaks):
     try:
         eventually(lambda: not leaks.now(), PATIENCE_S, "nothing left behind")
     except pytest.fail.Exception:
@@ -51,3 +64,34 @@ def _nothing_left_behind(request):
         leaks.end()
         if left:
             pytest.fail("left behind: " + "; ".join(left))
+
+
+@pytest.fixture
+def start(ipython_dir):
+    """A function that starts a cluster and returns its client; at the end of the test it is stopped."""
+    with contextlib.ExitStack() as stack:
+        yield lambda n=2, **options: stack.enter_context(ipp.Cluster(n=n, **options))
+
+
+@pytest.fixture(scope="module")
+def rc():
+    """The client of a cluster of two engines, for all tests of a file. For tests that end nothing."""
+    with pytest.MonkeyPatch.context() as monkeypatch, _own_folders(monkeypatch) as folder:
+        leaks = Leaks(folder.parent)
+        with ipp.Cluster(n=2) as client:
+            yield client
+        _expect_nothing(leaks)
+
+
+@pytest.fixture
+def balanced(rc):
+    """A LoadBalancedView of the shared cluster."""
+    return rc.load_balanced_view()
+
+
+@pytest.fixture
+def each(rc):
+    """A DirectView of all engines of the shared cluster, with empty namespaces."""
+    view = rc[:]
+    view.clear(block=True)
+    return view

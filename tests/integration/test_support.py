@@ -11,6 +11,15 @@ import pytest
 from support import Leaks, cluster_files, eventually, need, our_processes
 
 SLEEP = "import time; time.sleep(600)"
+DAEMON = f"""
+import os, sys
+if os.fork():
+    sys.exit()
+os.setsid()
+print(os.getpid(), flush=True)
+os.close(1)
+{SLEEP}
+"""
 
 
 @pytest.fixture
@@ -30,8 +39,7 @@ def test_a_child_is_seen_and_ended(leaks):
 
 
 def test_a_daemon_is_seen_and_ended(leaks):
-    code = f"import os, sys\nif os.fork(): sys.exit()\nos.setsid()\nprint(os.getpid(), flush=True); os.close(1)\n{SLEEP}"
-    pid = int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout)
+    pid = int(subprocess.run([sys.executable, "-c", DAEMON], stdout=subprocess.PIPE, check=True).stdout)
     assert pid in our_processes()
     assert len(leaks.now()) == 1
     leaks.end()

@@ -10,9 +10,9 @@ import random
 from collections import Counter, deque
 from heapq import heappop, heappush
 
-from ipclite.scheduler import (UNKNOWN, Abort, Accept, EngineDown, EngineUp, Fail, Finished, Recall, Returned, Run,
-                               Scheduler, Spec, Submit, Task, Tick)
-from ipclite.wire import ERROR, OK, msg_id
+from ipclite.scheduler import (POLICIES, UNKNOWN, Abort, Accept, EngineDown, EngineUp, Fail, Finished, Needs, Recall,
+                               Returned, Run, Scheduler, Spec, State, Submit, Task, Tick)
+from ipclite.wire import ERROR, OK, UNMET, msg_id
 
 LATENCY_S = (50e-6, 2e-3)
 QUIET_S = 120.0  # after the last submission everything must have ended by then
@@ -68,9 +68,13 @@ class Engine:
         self.results.append((key[0], (key[1], 0.0, truth.duration(attempt), 0, 0, attempt, status)))
         if not self.queue or len(self.results) >= 20:
             self.flush()
+        else:
+            self.world.later(0.005, self.flush)
         self.step()
 
     def flush(self) -> None:
+        if not self.alive or self.frozen:
+            return
         by_session: dict = {}
         for session, record in self.results:
             by_session.setdefault(session, []).append(record)
@@ -98,16 +102,20 @@ class Engine:
 class Truth:
     """What a task does when it runs."""
 
-    def __init__(self, rng, kind: str, poison: bool):
+    def __init__(self, rng, kind: str, trouble: bool):
         self.times = [DURATIONS[kind](rng) for _ in range(3)]
-        self.poison = poison
-        self.fails = rng.choice((0, 0, 0, 0, 1, 2, 99))  # so many attempts raise
+        self.poison = trouble and rng.random() < 0.01
+        self.fails = rng.choice((0, 0, 0, 0, 1, 2, 99)) if trouble else 0  # so many attempts raise
+        self.accepts = rng.choice((1, 1, 1, 1, 2, 99)) if trouble else 1  # divides the ids of engines that take it
         self.order = 0
+        self.submitted = 0.0
 
     def duration(self, attempt: int) -> float:
         return self.times[attempt % 3]
 
     def outcome(self, engine_id: int, attempt: int) -> int:
+        if engine_id % self.accepts:
+            return UNMET
         self.fails -= 1
         return ERROR if self.fails >= 0 else OK
 
@@ -125,7 +133,8 @@ class World:
         self.trouble = trouble
         self.repeats = rng.choice((0, 0.1, 0.5)) if trouble else 0
         self.kinds = rng.sample(sorted(DURATIONS), rng.randint(1, 3))
-        self.options = {"hwm": rng.choice((None, None, None, 0, 1, 3)), "crash_limit": rng.choice((0, 1, 1, 3)),
+        self.options = {"policy": rng.choice(["leastload"] * 5 + sorted(POLICIES)), "rng": random.Random(seed),
+                        "hwm": rng.choice((None, None, None, 0, 1, 3)), "crash_limit": rng.choice((0, 1, 1, 3)),
                         "no_engine_s": rng.choice((1.0, 30.0))}
         self.scheduler = Scheduler(**self.options)
         self.now = 1000.0
@@ -139,9 +148,11 @@ class World:
         self.crashes: Counter = Counter()  # by key, as the scheduler was told
         self.recalled: set = set()
         self.free: set = set()  # keys whose last attempt is over, as far as the scheduler can know
-        self.ended: dict = {}
+        self.ended: dict = {}  # how
+        self.outcomes: dict = {}  # (success, engine)
         self.aborted: set = set()
         self.events = 0
+        self.busy_s = self.wasted_s = 0.0  # engine time spent running; and idle while other tasks had not started
 
     def latency(self) -> float:
         return self.rng.uniform(*LATENCY_S)
@@ -153,8 +164,14 @@ class World:
     def later(self, delay: float, call, *args) -> None:
         self.at(self.now + delay, call, *args)
 
-    def play(self, tasks: int = 60, engines: int = 0) -> None:
-        """Run until everything has ended."""
+    def play(self, tasks: int = 60, engines: int = 0, **constraints) -> None:
+        """Run until everything has ended.
+
+        Args:
+            tasks: so many are submitted.
+            engines: so many are there from the start; 0 = a few, or none.
+            constraints: of the specs, where they shall not be drawn.
+        """
         rng = self.rng
         for _ in range(engines or rng.randint(0, 5)):
             self.start_engine()
@@ -162,7 +179,7 @@ class World:
         when = self.now
         while submitted < tasks:
             size = min(tasks - submitted, rng.choice((1, 1, 5, 30)))
-            self.at(when, self.submit, size)
+            self.at(when, self.submit, size, constraints)
             submitted += size
             when += rng.choice((0.0, 1e-3, 0.1, 2.0))
         if self.trouble:
@@ -174,30 +191,43 @@ class World:
         while self.agenda or self.scheduler.next_deadline() is not None:
             due = self.scheduler.next_deadline()
             if due is not None and (not self.agenda or due < self.agenda[0][0]):
-                self.now = max(self.now, due)
+                self.pass_time(max(self.now, due))
                 self.deliver(Tick())
                 after = self.scheduler.next_deadline()
                 assert after is None or after > self.now, "a deadline that has passed stays"
             else:
-                self.now, _, call, args = heappop(self.agenda)
+                when, _, call, args = heappop(self.agenda)
+                self.pass_time(when)
                 call(*args)
             assert self.now < end, f"still not ended: {self.scheduler.tasks}"
         self.at_the_end()
 
+    def pass_time(self, when: float) -> None:
+        engines = [e for e in self.engines.values() if e.alive]
+        busy = sum(e.running is not None for e in engines)
+        self.busy_s += busy * (when - self.now)
+        if any(e.queue for e in engines) or any(t.state is State.READY for t in self.scheduler.tasks.values()):
+            self.wasted_s += (len(engines) - busy) * (when - self.now)
+        self.now = when
+
     # what happens
 
-    def submit(self, size: int) -> None:
+    def submit(self, size: int, constraints: dict) -> None:
+        """Some tasks of one kind, with constraints as they come."""
         rng = self.rng
         kind = rng.choice(self.kinds)
         ids = [*self.engines, self.next_engine + 1] if self.trouble else list(self.engines)
         targets = rng.choice((None, None, (rng.choice(ids),), tuple(rng.sample(ids, min(len(ids), 2)))))
-        spec = Spec(targets, rng.choice((0, 0, 1, 3)), kind)
+        timeout = rng.choice((None, None, None, 0, 0.1, 5.0)) if self.trouble else None
+        drawn = {"targets": targets, "retries": rng.choice((0, 0, 1, 3)), "after": self.needs(), "follow": self.needs(),
+                 "timeout": timeout}
+        spec = Spec(fn=kind, **{**drawn, **constraints})
         session = rng.choice((b"session1", b"session2"))
         tasks = []
         for _ in range(size):
             key = session, len(self.truth)
-            self.truth[key] = Truth(rng, kind, self.trouble and rng.random() < 0.01)
-            self.truth[key].order = len(self.truth)
+            self.truth[key] = Truth(rng, kind, self.trouble)
+            self.truth[key].order, self.truth[key].submitted = len(self.truth), self.now
             tasks.append(Task(key, spec, b"payload"))
         self.deliver(Submit(tasks))
         if self.trouble and rng.random() < 0.1:
@@ -205,6 +235,16 @@ class World:
             self.later(rng.uniform(0, 1), self.abort, session, victims)
         if self.trouble and rng.random() < 0.05:
             self.deliver(Submit([Task(t.key, spec, b"again") for t in tasks if t.key in self.scheduler.tasks]))
+
+    def needs(self):
+        """Some earlier tasks to depend on."""
+        if not self.trouble or not self.truth or self.rng.random() < 0.8:
+            return None
+        known = list(self.truth)
+        ids = self.rng.sample(known, self.rng.randint(1, min(4, len(known))))
+        if self.rng.random() < 0.05:
+            ids.append((b"nobody..", 1))
+        return Needs(tuple(ids), self.rng.random() < 0.5, *self.rng.choice(((True, False), (True, True), (False, True))))
 
     def abort(self, session: bytes, seqs) -> None:
         self.aborted |= {(session, seq) for seq in seqs}
@@ -247,6 +287,7 @@ class World:
 
     def thaw(self, engine: Engine) -> None:
         engine.frozen = False
+        engine.flush()
         engine.step()
 
     def lose(self, engine: Engine, reason: str, running, crashed: bool) -> None:
@@ -287,7 +328,7 @@ class World:
                     if self.attempts.get((event.session, seq)) == (attempt, event.engine_id)}
         if type(event) is Finished:
             return {(event.session, r[0]) for r in event.records
-                    if r[6] != OK and self.attempts.get((event.session, r[0])) == (r[5], event.engine_id)}
+                    if self.attempts.get((event.session, r[0])) == (r[5], event.engine_id)}
         return set()
 
     def on_accept(self, event, effect: Accept) -> None:
@@ -296,7 +337,7 @@ class World:
         for record in records:
             key = effect.session, record[0]
             assert self.attempts.get(key) == (record[5], effect.engine_id), "a result of an old attempt was accepted"
-            self.end(key, "result")
+            self.end(key, "result", (record[6] == OK, effect.engine_id))
 
     def on_fail(self, effect: Fail) -> None:
         key = effect.task.key
@@ -306,7 +347,27 @@ class World:
         if effect.ename == "EngineError" and "ended" in effect.message:
             assert self.crashes[key] > self.options["crash_limit"]
         assert known is None or key in self.free, "ended while it may run"
-        self.end(key, effect.ename)
+        spec, truth = effect.task.spec, self.truth[key]
+        late = spec.timeout is not None and self.now >= truth.submitted + spec.timeout
+        if effect.ename in ("TaskTimeout", "DependencyTimeout"):
+            assert late and effect.task.attempt == 0
+        elif effect.ename == "InvalidDependency":
+            assert any(need and (b"nobody..", 1) in need.ids for need in (spec.after, spec.follow))
+        elif effect.ename == "ImpossibleDependency":
+            assert truth.accepts > 1 or spec.follow or not self.possible(spec.after)
+        self.end(key, effect.ename, (False, None))
+
+    def good(self, needs: Needs) -> list:
+        """Engines of the tasks among `needs` that ended as they should."""
+        return [self.outcomes[key][1] for key in needs.ids
+                if key in self.outcomes and (needs.success if self.outcomes[key][0] else needs.failure)]
+
+    def met(self, needs) -> bool:
+        return needs is None or len(self.good(needs)) >= (len(needs.ids) if needs.all else 1)
+
+    def possible(self, needs) -> bool:
+        open = [key for key in needs.ids if key not in self.outcomes] if needs else []
+        return needs is None or len(self.good(needs)) + len(open) >= (len(needs.ids) if needs.all else 1)
 
     def on_recall(self, effect: Recall) -> None:
         assert effect.keys
@@ -331,20 +392,25 @@ class World:
             else:
                 assert task.attempt == 1
             assert key not in self.ended
+            spec = task.spec
+            assert self.met(spec.after) and self.met(spec.follow), "run before what it depends on"
+            assert spec.follow is None or engine.id in self.good(spec.follow), "does not follow"
+            assert task.attempt > 1 or spec.timeout is None or self.now <= self.truth[key].submitted + spec.timeout + 1e-9
             self.free.discard(key)
             self.attempts[key] = task.attempt, engine.id
             if task.spec.targets is not None:
                 assert engine.id in task.spec.targets
-                if len(task.spec.targets) == 1 and task.attempt == 1:
+                if len(task.spec.targets) == 1 and task.attempt == 1 and not (spec.after or spec.follow):
                     assert self.truth[key].order > engine.highest, "tasks bound to an engine lost their order"
                     engine.highest = self.truth[key].order
             batch.append((key, task.attempt))
         engine.sent_at = max(engine.sent_at, self.now + self.latency())
         self.at(engine.sent_at, engine.receive, batch)
 
-    def end(self, key, how: str) -> None:
+    def end(self, key, how: str, outcome) -> None:
         assert key not in self.ended, f"{msg_id(key)} ended as {self.ended[key]}, then as {how}"
         self.ended[key] = how
+        self.outcomes[key] = outcome
 
     def at_the_end(self) -> None:
         assert set(self.ended) == set(self.truth), f"never ended: {set(self.truth) - set(self.ended)}"

@@ -1,0 +1,442 @@
+"""The client's end of the wire: tasks go out in batches, results come in and resolve their futures.
+
+    submit, post ──► outbox ──┐                         ┌──► _arrive of AsyncResults
+                              ├── _turn: send, receive ─┤
+    socket, monitor ──────────┘                         └──► on_message: everything else
+
+Whoever holds `_lead` takes the turns: the io thread as a rule, but a thread that waits for a result takes over, because
+that saves two thread switches on every round trip. The io thread naps meanwhile, and resumes when nobody has led for a while.
+
+Rules that hold here: the socket is used under `_sock_lock` only; task numbers, `_pending` and the outbox change under `_mutex`;
+who holds both took `_sock_lock` first; futures are resolved and callbacks run with neither. A Ctrl-C is held back while
+a message is on its way through Python, so that none is torn apart.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from typing import Any, Callable, Optional, Sequence
+
+from _signal import SIGINT, getsignal, signal  # what the signal module wraps in enums, which cost microseconds
+
+from . import net, wire
+from .errors import ControllerLost, PackError, ProtocolError
+from .results import AsyncResult, Source
+
+FUNCTIONS_KEPT = 256  # functions whose bytes the controller and the engines hold for us
+TICK_S = 1.0  # between two looks at the controller's silence
+NAP_S, LONG_NAP_S = 0.005, 0.1  # of the io thread while another thread leads
+TAKE = 256  # messages taken in before the outbox gets its turn
+
+
+class HeldBack:
+    """Context manager for the main thread: SIGINT takes effect at the end of the block, not within it."""
+
+    __slots__ = ("_before", "_came")
+
+    def __enter__(self) -> None:
+        self._before: Any = None
+        self._came: Optional[tuple[Any, Any]] = None
+        if threading.current_thread() is threading.main_thread():
+            before = getsignal(SIGINT)
+            if callable(before):
+                signal(SIGINT, self._note)
+                self._before = before
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self._came = (signum, frame)
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._before is not None:
+            signal(SIGINT, self._before)
+            if self._came is not None:
+                self._before(*self._came)
+
+
+class Connection:
+    """A connection that has been welcomed by the controller.
+
+    Args:
+        context: the zmq context, which this object ends when it closes.
+        link, welcome: what `net.greet` returned.
+        session: the client's 8 bytes.
+        on_message: called with every message that is not about a task's result or output.
+        on_lost: called once, when the connection is lost or closed.
+    """
+
+    def __init__(self, context: Any, link: net.Link, welcome: dict[str, Any], session: bytes,
+                 on_message: Callable[[list[Any]], None], on_lost: Callable[[], None]):
+        self.session = session
+        self.lost: Optional[Exception] = None  # why nothing can be sent any more
+        self.sent_up_to = 1  # the number after that of the last task that has left
+        self._context, self._link = context, link
+        self._on_message, self._on_lost = on_message, on_lost
+        self._max_task_bytes: int = welcome["max_task_bytes"]
+        self._silence_s: float = welcome["silence_s"]
+        self._heard = time.monotonic()
+        self._mutex, self._sock_lock = threading.Lock(), threading.Lock()
+        self._outbox: list[tuple[Optional[bytes], Any]] = []
+        self._inbox: deque[list[Any]] = deque()
+        self._next = 1
+        self._pending: dict[int, tuple[AsyncResult, int]] = {}
+        self._functions: dict[bytes, int] = {}  # digest -> number of the last task that uses it
+        self._awake = False
+        self._closed = False
+        self._pid = os.getpid()
+        self._lead = threading.Lock()
+        self._leader = 0  # thread that holds it
+        self._led = 0  # how often it was taken by other than the io thread
+        self._nap = threading.Event()
+        self._napping = False
+        self._wake_r, self._wake_w = socket.socketpair()
+        self._wake_r.setblocking(False)
+        self._wake_w.setblocking(False)
+        self._sources = [link.sock.get(net.zmq.FD), link.monitor.get(net.zmq.FD), self._wake_r.fileno()]
+        self._poll = self._make_poll()  # used by whoever leads
+        self._thread = threading.Thread(target=self._serve, name="ipclite-client", daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        """The controller's address."""
+        return self._link.address
+
+    # --- what is to be sent
+
+    @property
+    def unfinished(self) -> dict[int, tuple[AsyncResult, int]]:
+        """The tasks that have not ended: {number: (their future, their place in it)}. A snapshot."""
+        return dict(self._pending)
+
+    @property
+    def next_number(self) -> int:
+        """The number that the next task gets."""
+        return self._next
+
+    def submit(self, ar: AsyncResult, tasks: Sequence[tuple[bytes, Any, int]], wake: bool = True) -> AsyncResult:
+        """Queue the tasks of one call.
+
+        Args:
+            ar: their future.
+            tasks: (spec, payload, number of engines that it goes to) of each.
+            wake: False if the caller is about to wait, which sends them anyway.
+
+        Raises:
+            PackError: the data are larger than the controller takes.
+            ControllerLost: there is no connection any more.
+        """
+        for _, payload, _ in tasks:
+            if type(payload) is not bytes:
+                self._check_size(payload)
+        with self._mutex:
+            if self.lost is not None:
+                raise self.lost
+            first = self._next
+            if len(tasks) == 1 and tasks[0][2] == 1:
+                spec, payload, _ = tasks[0]
+                self._next = first + 1
+                ar._sent_as(first, 1)
+                self._outbox.append((spec, (first, 1, payload)))
+                self._pending[first] = (ar, 0)
+            else:
+                total = sum([count for _, _, count in tasks])
+                ar._sent_as(first, total)
+                for spec, payload, count in tasks:
+                    self._outbox.append((spec, (self._next, count, payload)))
+                    self._next += count
+                for i in range(total):
+                    self._pending[first + i] = (ar, i)
+        if wake and not self._awake:
+            self._wake()
+        return ar
+
+    def function(self, digest: bytes, payload: Any) -> str:
+        """Make sure that the controller has a function; returns its name there."""
+        if digest not in self._functions:
+            self._check_size(payload)
+            frames = [wire.FUNCTION, digest, *([payload] if isinstance(payload, bytes) else payload)]
+            with self._mutex:
+                self._outbox.append((None, frames))
+                if len(self._functions) >= FUNCTIONS_KEPT:
+                    self._forget_functions()
+        self._functions[digest] = self._next
+        return digest.hex()
+
+    def _forget_functions(self) -> None:
+        """Have the functions dropped that no unfinished task needs, oldest first. The caller holds `_mutex`."""
+        oldest = next(iter(self._pending), self._next)
+        free = [d for d, last in sorted(self._functions.items(), key=lambda item: item[1]) if last < oldest]
+        dropped = free[: FUNCTIONS_KEPT // 2]
+        for digest in dropped:
+            del self._functions[digest]
+        if dropped:
+            self._outbox.append((None, [wire.FORGET, *dropped]))
+
+    def _check_size(self, payload: Any) -> None:
+        size = len(payload) if isinstance(payload, bytes) else sum(memoryview(piece).nbytes for piece in payload)
+        if size > self._max_task_bytes:
+            raise PackError(f"the task's data are {size / 2**30:.1f} GiB, and the controller takes "
+                            f"{self._max_task_bytes / 2**30:.1f} GiB at most (half of its memory); send smaller pieces, or a path "
+                            "to a file")
+
+    def post(self, frames: list[Any]) -> None:
+        """Send a message after everything submitted so far.
+
+        Raises:
+            ControllerLost: there is no connection any more.
+        """
+        with self._mutex:
+            if self.lost is not None:
+                raise self.lost
+            self._outbox.append((None, frames))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is in the outbox, in the calling thread."""
+        if self._outbox and self.lost is None:
+            with HeldBack(), self._sock_lock:
+                self._send_outbox()
+                more = self.lost is None and net.readable(self._link.sock)
+            if more:  # our send took the notice of a message that the leader waits for
+                self._wake()
+
+    def _wake(self) -> None:
+        self._awake = True
+        if self._napping:
+            self._nap.set()
+        try:
+            self._wake_w.send(b"!")
+        except OSError:
+            pass  # it is awake already, or closed
+
+    def _send_outbox(self) -> None:
+        """The caller holds `_sock_lock`."""
+        if self._pid != os.getpid():
+            raise ControllerLost("this Client was made before the process forked and can not be used in the child: make a new one")
+        with self._mutex:
+            outbox, self._outbox = self._outbox, []
+            self._awake = False
+            self.sent_up_to = self._next
+        if self.lost is not None:
+            return
+        sock = self._link.sock
+        batch: list[Any] = []
+        size = 0
+        for spec, body in outbox:
+            if spec is None:
+                self._send_batch(batch)
+                net.send(sock, body)
+                batch, size = [], 0
+                continue
+            batch.append((spec, body))
+            size += len(body[2]) if type(body[2]) is bytes else wire.INLINE_MAX
+            if len(batch) >= wire.BATCH_TASKS or size >= wire.BATCH_BYTES:
+                self._send_batch(batch)
+                batch, size = [], 0
+        self._send_batch(batch)
+
+    def _send_batch(self, batch: list[Any]) -> None:
+        message: list[Any] = [wire.TASKS]
+        start = 0
+        for i in range(1, len(batch) + 1):
+            if i == len(batch) or batch[i][0] is not batch[start][0]:
+                message += wire.encode_tasks(batch[start][0], self.session, [body for _, body in batch[start:i]])
+                start = i
+        if batch:
+            net.send(self._link.sock, message)
+
+    # --- taking turns
+
+    def wait(self, done: Callable[[], Any], waiter: Any, timeout: Optional[float] = None) -> bool:
+        """Wait until `done()`, receiving for everybody unless another thread does so already.
+
+        Args:
+            done: looks at what arriving messages change.
+            waiter: its `_condition` is notified when it may have become true.
+            timeout: s to wait at most; None: for ever.
+
+        Returns:
+            Whether it is true.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        leads_already = self._leader == threading.get_ident()  # a callback that waits
+        if self._poll is None or not (leads_already or self._lead.acquire(blocking=False)):
+            self.flush()
+            with waiter._condition:
+                return bool(waiter._condition.wait_for(done, timeout))
+        if not leads_already:
+            self._leader = threading.get_ident()
+            self._led += 1
+        began = time.monotonic()
+        try:
+            looks = False
+            while True:
+                with HeldBack():
+                    self._turn(looks)
+                if done():
+                    break
+                left = TICK_S if deadline is None else min(TICK_S, deadline - time.monotonic())
+                if left < 0:
+                    break
+                looks = self._listen(left)
+        finally:
+            if not leads_already:
+                self._leader = 0
+                self._lead.release()
+                if time.monotonic() - began > NAP_S:
+                    self._nap.set()
+        return bool(done())
+
+    def _make_poll(self) -> Any:
+        if not hasattr(select, "poll"):
+            return None
+        poll = select.poll()
+        for source in self._sources:
+            poll.register(source, select.POLLIN)
+        return poll
+
+    def _listen(self, timeout_s: float) -> bool:
+        """Wait for something to happen; returns whether it is time to look after the connection. The caller leads."""
+        if self._poll is not None:
+            ready = [fd for fd, _ in self._poll.poll(timeout_s * 1000)]
+        else:
+            ready = select.select(self._sources, [], [], timeout_s)[0]
+        if self._sources[2] in ready:
+            try:
+                self._wake_r.recv(4096)
+            except BlockingIOError:
+                pass
+        return not ready or self._sources[1] in ready
+
+    def _serve(self) -> None:
+        """The io thread: leads whenever nobody else does."""
+        led, nap_s = 0, NAP_S
+        poll = self._make_poll()
+        timeout_s = 0.0  # what came before we listened gives no notice
+        while not self._closed:
+            if poll is None:
+                select.select(self._sources, [], [], timeout_s)
+            else:
+                poll.poll(timeout_s * 1000)
+            timeout_s = TICK_S
+            while self._led != led or not self._lead.acquire(blocking=False):
+                nap_s = NAP_S if self._led != led else min(2 * nap_s, LONG_NAP_S)
+                led = self._led
+                self._napping = True
+                self._nap.wait(nap_s)
+                self._napping = False
+                self._nap.clear()
+                if self._closed:
+                    return
+            self._leader = threading.get_ident()
+            try:
+                if not self._closed:
+                    looks = self._listen(0)
+                    while self._turn(looks):
+                        pass
+            finally:
+                self._leader = 0
+                self._lead.release()
+
+    def _turn(self, looks: bool) -> bool:
+        """Send, receive, resolve, and with `looks` see whether the connection is still there.
+
+        Returns whether more may be waiting. The caller leads.
+        """
+        taken = 0
+        lost = None
+        with self._sock_lock:
+            if self._closed:
+                return False
+            if self._outbox:
+                self._send_outbox()
+            self._awake = False
+            while taken < TAKE and net.readable(self._link.sock):
+                self._inbox.append(net.recv(self._link.sock))
+                taken += 1
+            if looks and not taken and self.lost is None:
+                lost = self._link.check()
+        if taken:
+            self._heard = time.monotonic()
+        elif looks and lost is None and time.monotonic() - self._heard > self._silence_s:
+            lost = f"the controller at {self._link.address} said nothing for {time.monotonic() - self._heard:.0f} s"
+        while self._inbox:
+            try:
+                self._take_in(self._inbox.popleft())
+            except ProtocolError as e:
+                self.lose(ControllerLost(f"the controller sent a malformed message: {e}"))
+        if lost is not None:
+            self.lose(ControllerLost(lost))
+        return taken == TAKE
+
+    def _take_in(self, frames: list[Any]) -> None:
+        kind = frames[0]
+        if kind == wire.RESULTS:
+            now = time.time()
+            pop = self._pending.pop
+            for _, engine_id, records, section in wire.result_sections(frames):
+                source = Source(engine_id, now)
+                for result in wire.section_results(records, section):
+                    waiting = pop(result[0], None)
+                    if waiting is not None:
+                        waiting[0]._arrive(waiting[1], (source, result))
+        elif kind == wire.OUTPUT:
+            for seq, name, text in wire.decode_output(frames)[2]:
+                waiting = self._pending.get(seq)
+                if waiting is not None:
+                    waiting[0]._write(waiting[1], name, text)
+        elif kind == wire.BYE:
+            self.lose(ControllerLost(f"the controller ended: {wire.decode_dict(frames).get('reason')}"))
+        elif kind == wire.REFUSED:
+            self.lose(ControllerLost(f"the controller refused us: {wire.decode_dict(frames).get('reason')}"))
+        else:
+            self._on_message(frames)
+
+    # --- the end
+
+    def lose(self, error: Exception) -> None:
+        """Nothing can arrive any more: nothing that waits may wait on."""
+        with self._mutex:
+            if self.lost is not None:
+                return
+            self.lost = error
+            pending, self._pending = self._pending, {}
+        payload = wire.encode_error({"ename": type(error).__name__, "evalue": str(error), "own": True})
+        now = time.time()
+        outcome = (Source(wire.NO_ENGINE, now), wire.Result(0, now, 0.0, 0, wire.ERROR, payload))
+        for ar, i in pending.values():
+            ar._arrive(i, outcome)
+        self._on_lost()
+
+    def close(self) -> None:
+        """Send what is in the outbox, say goodbye and close. Unfinished tasks go on; their futures fail."""
+        if self._closed or self._pid != os.getpid():
+            return
+        with self._sock_lock:
+            if self.lost is None:
+                self._send_outbox()
+                net.send(self._link.sock, [wire.BYE])
+            self._closed = True
+        self.lose(ControllerLost("this Client was closed"))
+        self._nap.set()
+        self._wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        with self._lead if self._leader != threading.get_ident() else _nothing():
+            self._link.close(1000)
+            self._context.term()
+            self._wake_w.close()
+            self._wake_r.close()
+
+
+class _nothing:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc: Any) -> None:
+        pass

@@ -1,0 +1,388 @@
+"""Strangers, people with half of what they need, and members who speak garbage get nothing and harm nothing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import socket
+import stat
+import struct
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import zmq
+from shell import Command, Raw, connection, controller, one_sentence, run, security
+from support import eventually
+
+import ipclite as ipp
+from ipclite import net, wire
+
+TCP = ("--transport=tcp", "--ip=127.0.0.1")
+DEEP = 100_000  # levels of JSON that no decoder follows
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    """A controller on both transports with one engine."""
+    folder = tmp_path_factory.mktemp("live")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IPYTHONDIR", str(folder))
+        patch.setenv("IPCLITE_RUNTIME_DIR", f"/tmp/ipc-sec-{os.getpid()}")
+        with controller(folder, "--transport=auto", "--ip=127.0.0.1") as command, Command("engine", "-n", "1") as engine:
+            yield Live(folder, command, engine)
+    os.rmdir(f"/tmp/ipc-sec-{os.getpid()}")
+
+
+class Live:
+    def __init__(self, folder, command, engine):
+        self.command, self.engine = command, engine
+        self.client, self.eng = connection(folder), connection(folder, "engine")
+        self.file = security(folder) / "ipcontroller-client.json"
+        self.secrets = {info[key] for info in (self.client, self.eng) for key in ("secret_key",)}
+        self.secrets |= {net.token(secret) for secret in self.secrets}
+        with self.connect() as rc:
+            rc.wait_for_engines(1, timeout=20)
+
+    def connect(self):
+        return ipp.Client(self.file, timeout=20)
+
+    def log_since(self, start):
+        return self.command.err[start:]
+
+    def works(self):
+        """A real client is served, by the one engine that was there from the start."""
+        with self.connect() as rc:
+            eventually(lambda: 0 in rc.ids, what="the engine is there")
+            assert rc[0].apply_sync(lambda x: x + 1, 41) == 42
+        assert self.command.running()
+
+
+@pytest.fixture
+def unharmed(live):
+    """Whatever the test did: the cluster works on, tells no secret, and its log did not explode."""
+    start = len(live.command.err)
+    yield live
+    live.works()
+    told = live.log_since(start)
+    assert not [s for s in live.secrets if s in told]
+    assert "Traceback" not in told, told
+    assert len(told) < 20_000, told[:2000]
+
+
+class Test_strangers_on_tcp:
+    def outcome(self, info, server=None, pair=None):
+        """Dial, say a proper hello; what came of it."""
+        with Raw(info["url"], info["server_key"] if server is None else server, pair) as raw:
+            if raw.kept_out():
+                return "kept out"
+            answer = raw.hello(info)
+            return "refused" if answer[0] == wire.REFUSED else "in"
+
+    def test_the_right_keys_come_in(self, unharmed):
+        for info in (unharmed.client, unharmed.eng):
+            assert self.outcome(info, pair=(info["public_key"], info["secret_key"])) == "in"
+
+    def test_without_encryption(self, unharmed):
+        for info in (unharmed.client, unharmed.eng):
+            assert self.outcome(info, server="") == "kept out"
+
+    def test_with_keys_of_their_own(self, unharmed):
+        for info in (unharmed.client, unharmed.eng):
+            assert self.outcome(info) == "kept out"
+
+    def test_with_the_keys_of_the_other_role(self, unharmed):
+        for mine, other in itertools.permutations((unharmed.client, unharmed.eng)):
+            assert self.outcome(mine, pair=(other["public_key"], other["secret_key"])) == "kept out"
+
+    def test_expecting_another_server(self, unharmed):
+        info = unharmed.client
+        other = zmq.curve_keypair()[0].decode()
+        assert self.outcome(info, server=other, pair=(info["public_key"], info["secret_key"])) == "kept out"
+
+    def test_the_client_says_which_step_failed(self, unharmed):
+        info = {**unharmed.client, "ipc": ""}
+        public, secret = (k.decode() for k in zmq.curve_keypair())
+        with pytest.raises(ipp.ConnectError, match="refused our key.*another cluster or of another role"):
+            ipp.Client({**info, "public_key": public, "secret_key": secret}, timeout=5)
+        with pytest.raises(ipp.ConnectError, match="broke off the handshake|refused our key"):
+            ipp.Client({**info, "server_key": public}, timeout=5)
+
+    @pytest.mark.parametrize("words", [b"GET / HTTP/1.1\r\n\r\n", b"\xff" + bytes(8) + b"\x7f", bytes(64), b"\xff" * 5000,
+                                       b"\xff\0\0\0\0\0\0\0\1\x7f\3\0NULL" + bytes(48) + b"\2" + struct.pack(">Q", 1 << 62),
+                                       b"\xff\0\0\0\0\0\0\0\1\x7f\3\0CURVE" + bytes(47) + b"\6" + struct.pack(">Q", 1 << 40)])
+    def test_bytes_of_no_protocol(self, unharmed, words):
+        host, port = unharmed.client["url"][6:].split(":")
+        before = psutil.Process(unharmed.command.pid).memory_info().rss
+        for _ in range(20):
+            with socket.create_connection((host, int(port)), 5) as sock:
+                sock.sendall(words)
+        assert psutil.Process(unharmed.command.pid).memory_info().rss < before + (30 << 20)
+
+    def test_many_who_connect_and_leave(self, unharmed):
+        process = psutil.Process(unharmed.command.pid)
+        with Raw(unharmed.client["url"], unharmed.client["server_key"]) as raw:
+            assert raw.kept_out()
+        before = process.num_fds()
+        for _ in range(30):
+            self.outcome(unharmed.client)
+        eventually(lambda: process.num_fds() <= before + 2, what="its files are closed again")
+
+
+class Test_half_admitted:
+    """On a socket that one may reach, only the right hello counts."""
+
+    def both(self, live, role):
+        info = live.client if role == "client" else live.eng
+        for tcp in (False, True):
+            with Raw.member(info, tcp) as raw:
+                yield info, raw
+
+    @pytest.mark.parametrize("role", ["client", "engine"])
+    @pytest.mark.parametrize("change,reason", [
+        ({"token": "0" * 32}, "another cluster, run or role"), ({"token": None}, "another cluster"), ({"token": []}, "another cluster"),
+        ({"token": "\ud800"}, "another cluster"), ({"token": "é"}, "another cluster"),
+        ({"protocol": 99}, "protocol version 99"), ({"protocol": "1"}, "protocol version"),
+        ({"role": "king"}, "this port is for"), ({"role": None}, "this port is for"), ({"role": ["client"]}, "this port is for"),
+    ])
+    def test_a_wrong_hello(self, unharmed, role, change, reason):
+        for info, raw in self.both(unharmed, role):
+            answer = raw.hello(info, **change)
+            assert answer[0] == wire.REFUSED, answer
+            assert len(answer) == 2 and reason in json.loads(answer[1])["reason"]
+            raw.send(wire.encode_json(wire.QUERY, {"id": 1, "what": "queue_status", "targets": None}))
+            assert raw.silent()
+
+    @pytest.mark.parametrize("role,other", [("client", "engine"), ("engine", "client"), ("engine", "agent")])
+    def test_the_other_roles_token(self, unharmed, role, other):
+        infos = {"client": unharmed.client, "engine": unharmed.eng, "agent": unharmed.eng}
+        wrong = infos["client" if other != "client" else "engine"]
+        for _, raw in self.both(unharmed, role):
+            claimed = other if other == "agent" else role
+            assert raw.hello(wrong if other == "agent" else infos[other], role=claimed)[0] == wire.REFUSED
+
+    def test_an_engine_file_does_not_make_a_client(self, unharmed):
+        for info, raw in self.both(unharmed, "engine"):
+            assert raw.hello(info, role="client")[0] == wire.REFUSED
+
+    def test_without_a_hello(self, unharmed):
+        for kind in sorted(wire.KINDS - {wire.HELLO, wire.PONG}):
+            with Raw.member(unharmed.client) as raw:
+                raw.send(wire.encode_json(kind, {"hub": True, "what": "shutdown", "targets": None, "id": 1}))
+                raw.send([kind])
+                assert raw.silent(0.05)
+
+    def test_a_flood_is_one_line_in_the_log(self, unharmed):
+        start = len(unharmed.command.err)
+        with Raw.member(unharmed.client) as raw:
+            for _ in range(500):
+                raw.send([b"garbage", os.urandom(10)])
+            for _ in range(500):
+                assert raw.hello(unharmed.client, token="wrong")[0] == wire.REFUSED
+        lines = unharmed.log_since(start).splitlines()
+        assert 1 <= len(lines) <= 5, lines
+
+    def test_a_second_hello_changes_nothing(self, unharmed):
+        with Raw.member(unharmed.eng) as raw, unharmed.connect() as rc:
+            uuids = [os.urandom(16).hex() for _ in range(2)]
+            assert raw.hello(unharmed.eng, uuid=uuids[0])[0] == wire.WELCOME
+            eventually(lambda: len(rc.ids) == 2)
+            raw.hello(unharmed.eng, uuid=uuids[1])
+            raw.send(wire.encode_json(wire.BYE, {"reason": "enough"}))
+            eventually(lambda: rc.ids == [0], what="every engine of that connection is gone")
+
+
+# --- members who speak garbage
+
+NASTY = [None, True, -1, 0, 1.5, 1e308, float("inf"), float("nan"), 2**63, 10**400, "", "x", "\ud800", "0" * 100_000, [], [[]], [None], {},
+         {"a": {}}, [0], ["x", 1], [2**70]]
+
+
+def bodies(proper):
+    """A JSON object with each field in turn absent or of every wrong type."""
+    for key in proper:
+        yield {k: v for k, v in proper.items() if k != key}
+        for value in NASTY:
+            yield {**proper, key: value}
+
+
+def texts(proper):
+    yield from (json.dumps(body).encode() for body in bodies(proper))
+    for levels in (300, 900, 940, 960, 975, 980, 985, 990, 1000, DEEP):
+        for key in proper:
+            yield json.dumps({**proper, key: "@"}).replace('"@"', "[" * levels + "]" * levels).encode()
+            yield json.dumps({**proper, key: "@"}).replace('"@"', '{"a":' * levels + "1" + "}" * levels).encode()
+    yield from (b"", b"null", b"[]", b"1", b"{", b"\xff\xfe", b"{}" * 9, b'{"a":1e9999}', b"9" * 10_000)
+
+
+def client_messages(session):
+    """Valid messages of a client of every kind."""
+    spec = json.dumps({"op": "apply", "fn": "ab" * 16, "targets": None, "retries": 0}).encode()
+    yield [wire.TASKS, *wire.encode_tasks(spec, session, [(5, 1, b"x"), (6, 1, [b"a", b"b" * 20_000])])]
+    wide = json.dumps({"op": "apply", "targets": [0, 7]}).encode()
+    yield [wire.TASKS, *wire.encode_tasks(wide, session, [(9, 2, b"x")])]
+    yield [wire.FUNCTION, b"\xab" * 16, b"code", b"more"]
+    yield [wire.FORGET, b"\xab" * 16]
+    yield wire.encode_ids(wire.ABORT, session, [(5, 0), (6, 0)])
+    yield wire.encode_json(wire.QUERY, {"id": 1, "what": "queue_status", "targets": [0]})
+    yield wire.encode_json(wire.QUERY, {"id": 2, "what": "signal", "targets": [7], "signum": 0})
+
+
+def engine_messages(session, engine_id):
+    results = [wire.Result(5, 1.0, 0.1, 1, wire.OK, b"x"), wire.Result(6, 1.0, 0.1, 1, wire.ERROR, [b"a", b"b" * 20_000])]
+    yield [wire.RESULTS, *wire.encode_results(session, engine_id, results)]
+    yield wire.encode_output(session, engine_id, [[5, "stdout", "hi"]])
+    yield wire.encode_ids(wire.RETURNED, session, [(5, 1)])
+
+
+def agent_messages(uuid):
+    yield wire.encode_json(wire.EXITED, {"uuid": uuid, "cause": "c", "crashed": True, "running": ["ab" * 8, 1]})
+    yield [wire.PONG]
+
+
+def mutants(message, chance):
+    """Flip, cut, drop, double, swap and lengthen the frames of a message."""
+    frames = [bytes(f) for f in message]
+    at = chance.randrange(len(frames))
+    frame = bytearray(frames[at])
+    how = chance.randrange(7)
+    if how == 0 and frame:
+        frame[chance.randrange(len(frame))] ^= 1 << chance.randrange(8)
+    elif how == 1:
+        del frame[chance.randrange(len(frame) + 1):]
+    elif how == 2:
+        frame += os.urandom(chance.choice((1, 8, 15, 70_000)))
+    frames[at] = bytes(frame)
+    if how == 3:
+        del frames[at]
+    elif how == 4:
+        frames.insert(at, frames[at])
+    elif how == 5:
+        chance.shuffle(frames)
+    elif how == 6:
+        frames += frames[1:]
+    return frames or [b""]
+
+
+class Member:
+    """An admitted peer that dials again when it was thrown out, and reads what it is told."""
+
+    def __init__(self, live, role):
+        self.live, self.role = live, role
+        self.info = live.client if role == "client" else live.eng
+        self.raw = None
+        self.join()
+
+    def join(self):
+        if self.raw:
+            self.raw.close()
+        self.raw = Raw.member(self.info)
+        self.session, self.uuid = os.urandom(8), os.urandom(16).hex()
+        answer = self.raw.hello(self.info, role=self.role, session=self.session.hex(), uuid=self.uuid)
+        assert answer[0] == wire.WELCOME, answer
+        self.id = json.loads(answer[1]).get("id")
+
+    def messages(self):
+        if self.role == "client":
+            return list(client_messages(self.session))
+        return list(engine_messages(self.session, self.id) if self.role == "engine" else agent_messages(self.uuid))
+
+    def send(self, frames):
+        self.raw.send(frames)
+        while self.raw.sock.poll(0):
+            self.raw.sock.recv_multipart()
+
+    def close(self):
+        self.raw.send(wire.encode_json(wire.BYE, {"reason": "done"}))
+        self.raw.close()
+
+
+@pytest.mark.parametrize("role", ["client", "engine", "agent"])
+def test_mutated_messages(unharmed, role):
+    chance = random.Random(f"mutants of {role}s")
+    for _ in range(15):
+        member = Member(unharmed, role)
+        try:
+            for _ in range(40):
+                member.send(mutants(chance.choice(member.messages()), chance))
+            assert unharmed.command.running(), unharmed.command.err
+        finally:
+            member.raw.close()
+    unharmed.works()
+
+
+@pytest.mark.parametrize("role", ["client", "engine", "agent"])
+def test_random_frames(unharmed, role):
+    chance = random.Random(f"noise of {role}s")
+    member = Member(unharmed, role)
+    kinds = sorted(wire.KINDS - {wire.BYE})
+    for _ in range(400):
+        frames = [chance.choice([*kinds, b"", b"\x01", b"\x02T", bytes(2)])]
+        frames += [bytes(chance.randrange(256) for _ in range(chance.choice((0, 1, 8, 12, 16, 45)))) for _ in range(chance.randrange(5))]
+        member.send(frames)
+    member.close()
+    assert unharmed.command.running(), unharmed.command.err
+
+
+@pytest.mark.parametrize("role", ["client", "engine", "agent"])
+def test_wrong_types_in_a_hello(unharmed, role):
+    info = unharmed.client if role == "client" else unharmed.eng
+    proper = {"role": role, "protocol": wire.VERSION, "session": os.urandom(8).hex(), "pid": 1, "host": "h", "id": None,
+              "uuid": os.urandom(16).hex(), "agent": os.urandom(16).hex(), "token": net.token(info["secret_key"])}
+    for tried in range(0, 1 << 20, 40):
+        some = list(itertools.islice(texts(proper), tried, tried + 40))
+        if not some:
+            break
+        with Raw.member(info) as raw:
+            for text in some:
+                raw.send([wire.HELLO, text])
+            assert raw.answer()[0] in (wire.WELCOME, wire.REFUSED, wire.PING)
+    assert unharmed.command.running(), unharmed.command.err
+
+
+@pytest.mark.parametrize("what,more", [("queue_status", {"targets": [0]}), ("signal", {"targets": [5], "signum": 0}),
+                                       ("shutdown", {"targets": [5], "hub": False})])
+def test_wrong_types_in_a_query(unharmed, what, more):
+    member = Member(unharmed, "client")
+    for text in texts({"id": 1, "what": what, **more}):
+        body = text.decode("latin-1").replace(" ", "")
+        if what == "shutdown" and '"hub":false' not in body or '"targets":null' in body or '"targets":[0]' in body and what != "queue_status":
+            continue  # these are proper orders
+        member.send([wire.QUERY, text])
+    member.close()
+    assert unharmed.command.running(), unharmed.command.err
+
+
+def test_wrong_types_in_a_task(unharmed):
+    needs = {"ids": ["ab" * 8 + "-1"], "all": True, "success": True, "failure": False}
+    spec = {"op": "apply", "fn": "ab" * 16, "targets": [77], "retries": 0, "timeout": None, "after": None, "path": []}
+    member = Member(unharmed, "client")
+    numbers = itertools.count(1)
+    for text in [*texts(spec), *(json.dumps({**spec, "after": body}).encode() for body in bodies(needs))]:
+        if b'"targets": null' in text or b'"targets": [0]' in text:
+            continue  # these would reach the engine that others use
+        for fan_out in (0, 1, 2, 65535):
+            member.send([wire.TASKS, *wire.encode_tasks(text, member.session, [(next(numbers), fan_out, b"x")])])
+    for seq in (0, 2**63, 2**64 - 1):
+        spec["targets"] = [77, 78, 79]
+        member.send([wire.TASKS, *wire.encode_tasks(json.dumps(spec).encode(), member.session, [(seq, 3, b"x")])])
+    member.close()
+    assert unharmed.command.running(), unharmed.command.err
+
+
+def test_wrong_types_in_an_exit(unharmed):
+    agent = Member(unharmed, "agent")
+    proper = {"uuid": "?", "cause": "c", "crashed": True, "running": ["ab" * 8, 1]}
+    runnings = [["zz", 1], ["ab", "x"], ["ab", None], ["ab", 1e400], {}, {"0": 1}, [[], 1], "ab", 5, ["ab"], [1, 1]]
+    for extra in [*texts(proper), *(json.dumps({**proper, "running": r}).encode() for r in runnings)]:
+        with Raw.member(unharmed.eng) as engine:
+            uuid = os.urandom(16).hex()
+            engine.hello(unharmed.eng, uuid=uuid, agent=agent.uuid)
+            agent.send([wire.EXITED, extra.replace(b'"?"', json.dumps(uuid).encode())])
+            engine.send(wire.encode_json(wire.BYE, {}))
+    agent.close()
+    assert unharmed.command.running(), unharmed.command.err
