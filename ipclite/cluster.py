@@ -37,11 +37,6 @@ KEPT = ("n", "cluster_id", "profile_dir", "controller_args", "controller_ip", "c
 Launcher = Union[str, Type[launchers.BaseLauncher]]
 
 
-def cluster_file_path(profile_dir: config.PathLike, cluster_id: str) -> Path:
-    """`<profile>/security/cluster-<cluster_id>.json`"""
-    return config.cluster_file(profile_dir, cluster_id)
-
-
 def available_cpus() -> int:
     """The CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -113,7 +108,7 @@ class Cluster:
         self._take(config.load(config.START, self.profile_dir, layer) if load_profile else
                    config.Settings(config.START, self.profile_dir, [layer]))
         self.cluster_id = _new_id() if cluster_id is None else cluster_id
-        default_file = cluster_file_path(self.profile_dir, self.cluster_id)
+        default_file = config.cluster_file(self.profile_dir, self.cluster_id)
         self.cluster_file = default_file if cluster_file is None else Path(cluster_file) if cluster_file else None
         self.shutdown_atexit, self.log_level = shutdown_atexit, log_level
         if log_level is not None:
@@ -230,7 +225,11 @@ class Cluster:
             if not self.engines:
                 self.start_engines_sync(n)
             client = self.connect_client_sync()
-            self.wait_for_engines(client, n)
+            try:
+                self.wait_for_engines(client, n)
+            except BaseException:
+                client.close()
+                raise
         return client
 
     @contextlib.contextmanager
@@ -449,7 +448,7 @@ class Cluster:
 
     def to_dict(self) -> Dict[str, Any]:
         """What the cluster file holds: how it was made, and the state of each launcher. No secrets."""
-        how = {key: getattr(self, key) for key in KEPT}
+        how = {**{key: getattr(self, key) for key in KEPT}, "profile_dir": os.fspath(self.profile_dir)}
         found: Dict[str, Any] = {"cluster": {**how, "host": self.host, "started": self.started}}
         if self.controller is not None:
             found["controller"] = {"class": launchers.launcher_name(type(self.controller)),
@@ -491,7 +490,7 @@ class Cluster:
             NoCluster: there is no such cluster file.
             ConnectionFileError: it can't be read.
         """
-        path = Path(cluster_file or cluster_file_path(config.find_profile_dir(profile, profile_dir), cluster_id))
+        path = Path(cluster_file or config.cluster_file(config.find_profile_dir(profile, profile_dir), cluster_id))
         if not path.exists():
             raise NoCluster(f"There is no cluster file {path}; `ipcluster list` shows what runs, `ipcluster start` "
                             "starts a cluster.")
@@ -725,7 +724,7 @@ def _stop(settings: config.Settings) -> int:
         if not paths:
             raise NoCluster(f"There is no cluster in {settings.profile_dir}.")
     else:
-        paths = [cluster_file_path(settings.profile_dir, cluster_id) for cluster_id in ids]
+        paths = [config.cluster_file(settings.profile_dir, cluster_id) for cluster_id in ids]
     for path in paths:
         cluster = Cluster.from_file(path)
         alive = cluster.running

@@ -748,7 +748,7 @@ def cluster_file(profile_dir: PathLike, cluster_id: str) -> Path:
 
 
 def remove_sockets(info: Dict[str, Any]) -> None:
-    """Remove the sockets, and their directory, of a run that has ended; `info` is one of its connection files' content."""
+    """Remove the sockets, and their directory, of a run that has ended; `info` is what its connection file says."""
     if info["ipc"]:
         folder = Path(info["ipc"]).parent
         for role in ("client", "engine"):

@@ -28,8 +28,8 @@ from typing import Any, Callable, Optional
 
 from . import __version__, config, net, wire
 from .errors import AlreadyRunning, ConnectionFileError, ProtocolError
-from .scheduler import (Abort, Accept, EngineDown, EngineUp, Fail, Finished, Recall, Returned, Run, Scheduler, Spec, Submit,
-                        Task, Tick)
+from .scheduler import Scheduler
+from .tasks import Abort, Accept, EngineDown, EngineUp, Fail, Finished, Recall, Returned, Run, Spec, Submit, Task, Tick
 
 DRAIN = 64  # messages taken from one socket before the others get their turn
 MISSED_PINGS = 3  # an agent that misses so many is gone
@@ -466,6 +466,8 @@ class Controller:
                     continue
                 if spec.targets is None or len(spec.targets) != fan_out:
                     raise ProtocolError("a task for several engines does not name them")
+                if seq + fan_out > wire.SEQ_END:
+                    raise ProtocolError("a task's number is too large")
                 for i, one in enumerate(self._fan(spec)):
                     tasks.append(Task((session, seq + i), one, payload))
         client.live += len(tasks)

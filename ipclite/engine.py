@@ -77,6 +77,7 @@ class Stream(io.TextIOBase):
         self.name, self._emit, self._fd = name, emit, fd
 
     def write(self, text: str) -> int:
+        """Hand over text; returns the number of its characters."""
         if not isinstance(text, str):
             raise TypeError(f"write() argument must be str, not {type(text).__name__}")
         if text:
@@ -84,6 +85,7 @@ class Stream(io.TextIOBase):
         return len(text)
 
     def writable(self) -> bool:
+        """It takes text."""
         return True
 
     def fileno(self) -> int:
@@ -91,6 +93,7 @@ class Stream(io.TextIOBase):
         return self._fd
 
     def isatty(self) -> bool:
+        """It is no terminal, wherever it goes."""
         return False
 
 
@@ -486,10 +489,13 @@ class Engine:
             while True:
                 try:
                     values.extend(calls)  # what came before an exception stays in the list
-                    return pack.pack((values, failures))
+                    if len(values) >= len(sequences[0]):
+                        break
+                    raise RuntimeError("the function raised StopIteration")  # as PEP 479 has it for generators
                 except Exception as e:
                     failures[len(values)] = bytes(pack.pack_error(e, self._where()))
                     values.append(None)
+            return pack.pack((values, failures))
 
     def _op_execute(self, job: Job, payload: Any) -> Any:
         source, name, show = pack.unpack(payload)

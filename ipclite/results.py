@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from typing import Any, Iterator, NamedTuple, Optional, Sequence, TextIO, Tuple
 
 from . import pack, wire
-from .errors import CompositeError, KernelError
+from .errors import CompositeError, ControllerLost, KernelError
 
 
 class Source(NamedTuple):
@@ -570,7 +570,7 @@ class _ItemError:
 def _combine(errors: list[Any], fname: str) -> Optional[BaseException]:
     if not errors:
         return None
-    if len(errors) == 1:
+    if len(errors) == 1 or all(isinstance(e, ControllerLost) for e in errors):  # one cause, however many tasks it ends
         return errors[0]  # type: ignore[no-any-return]
     return CompositeError(f"{len(errors)} exceptions in {fname or 'the call'}", errors)
 

@@ -23,16 +23,16 @@ Rules that hold here:
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections import deque
-from enum import Enum
 from heapq import heapify, heappop, heappush
-from typing import Any, Callable, Iterable, NamedTuple, Optional, Union
+from typing import Any, Callable, Iterable, Optional
 
-from .errors import ProtocolError
-from .wire import OK, UNMET, Payload, TaskKey, msg_id, task_key
+from .tasks import (ABORTED, ASSIGNED, DONE, FAILED, READY, RECALLED, TRANSITIONS, UNKNOWN, WAITING, Abort, Accept, Effect,
+                    EngineDown, EngineUp, Fail, Finished, Ids, Outcome, Recall, Returned, Run, Spec, State, Submit, Tally,
+                    Task, Tick, Wait)
+from .wire import OK, UNMET, TaskKey, msg_id
 
 CAP = 1024  # an engine holds at most this many tasks, however short they are
 FLOOR_S = 5e-6  # what a task costs an engine at least
@@ -40,183 +40,6 @@ DECAY = 0.5  # how fast an estimate goes down; it goes up at once
 FUNCTIONS = 10_000  # run times of more are not kept
 OUTCOMES = 100_000  # of so many tasks it is known how they ended
 RING = 10_000  # transitions that `story` can tell of
-
-UNKNOWN = "unknown"  # EngineDown.running when nobody saw which task was running
-
-
-class State(Enum):
-    WAITING = "waiting for other tasks"
-    READY = "ready"
-    ASSIGNED = "assigned"
-    RECALLED = "asked back"
-    DONE = "done"
-    FAILED = "failed"
-    ABORTED = "aborted"
-
-    __hash__ = object.__hash__  # that of Enum is written in Python, and `_move` runs thrice per task
-
-
-WAITING, READY, ASSIGNED, RECALLED, DONE, FAILED, ABORTED = State
-
-TRANSITIONS: dict[State, frozenset[State]] = {
-    WAITING: frozenset((READY, FAILED, ABORTED)),
-    READY: frozenset((ASSIGNED, FAILED, ABORTED)),
-    ASSIGNED: frozenset((DONE, READY, RECALLED, FAILED)),
-    RECALLED: frozenset((DONE, READY, FAILED, ABORTED)),
-    DONE: frozenset(),
-    FAILED: frozenset(),
-    ABORTED: frozenset(),
-}
-
-Ids = frozenset[int]
-Outcome = tuple[bool, Optional[int]]  # whether a task succeeded, and the engine that ran it
-
-
-class Needs(NamedTuple):
-    """Tasks that must have ended before another may run: `all` of them or one, by `success`, `failure` or either."""
-
-    ids: tuple[TaskKey, ...]
-    all: bool = True
-    success: bool = True
-    failure: bool = False
-
-    @classmethod
-    def from_dict(cls, body: Any) -> Optional[Needs]:
-        """Check what a client sent; None stays None."""
-        if body is None:
-            return None
-        try:
-            flags = {k: body[k] for k in cls._fields[1:] if k in body}
-            needs = cls(tuple(dict.fromkeys(map(task_key, body["ids"]))), **flags)
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise ProtocolError(f"{body!r} is not a dependency: {e}") from None
-        if not all(type(flag) is bool for flag in needs[1:]) or not (needs.success or needs.failure):
-            raise ProtocolError(f"{body!r} is not a dependency: it must name success, failure or both")
-        return needs
-
-
-class Spec:
-    """What the tasks of a section have in common.
-
-    Attributes:
-        targets: ids of the engines that may run them; None = any.
-        retries: how often a task that raised is tried again.
-        fn: digest of the function, in hex; None if the task needs none.
-        function: key under which run times are estimated.
-        raw: the JSON it was read from.
-        after, follow: tasks that must have ended; `follow` also means on an engine where they ran.
-        timeout: s that a task may wait for its first assignment; None = for ever.
-    """
-
-    __slots__ = ("targets", "allowed", "retries", "fn", "function", "raw", "after", "follow", "timeout")
-
-    def __init__(self, targets: Optional[tuple[int, ...]] = None, retries: int = 0, fn: Optional[str] = None,
-                 op: str = "", raw: bytes = b"", after: Optional[Needs] = None, follow: Optional[Needs] = None,
-                 timeout: Optional[float] = None):
-        self.targets = targets
-        self.allowed: Optional[Ids] = None if targets is None else frozenset(targets)
-        self.retries = retries
-        self.fn = fn
-        self.function = fn or op
-        self.raw = raw
-        self.after = after
-        self.follow = follow
-        self.timeout = timeout
-
-    @classmethod
-    def from_json(cls, raw: bytes) -> Spec:
-        """Read a spec; keys that mean nothing to the scheduler are ignored.
-
-        Raises:
-            ProtocolError: it is not a spec.
-        """
-        try:
-            body = json.loads(raw)
-        except (ValueError, RecursionError) as e:
-            raise ProtocolError(f"a spec is not JSON: {e}") from None
-        if not isinstance(body, dict):
-            raise ProtocolError("a spec is not a JSON object")
-        targets, retries = body.get("targets"), body.get("retries", 0)
-        if targets is not None and not (isinstance(targets, list) and targets and all(type(t) is int for t in targets)):
-            raise ProtocolError(f"targets of a task must be engine ids, not {targets!r}")
-        if type(retries) is not int or retries < 0:
-            raise ProtocolError(f"retries must be a number from 0, not {retries!r}")
-        fn, op = body.get("fn"), body.get("op", "")
-        if not isinstance(fn or "", str) or not isinstance(op, str):
-            raise ProtocolError(f"the function of a task must be text, not {fn!r} or {op!r}")
-        timeout = body.get("timeout")
-        if timeout is not None and not (type(timeout) in (int, float) and 0 <= timeout < math.inf):
-            raise ProtocolError(f"timeout must be a number of seconds from 0, not {timeout!r}")
-        return cls(None if targets is None else tuple(targets), retries, fn or None, op, raw,
-                   Needs.from_dict(body.get("after")), Needs.from_dict(body.get("follow")), timeout)
-
-
-class Task:
-    """One task that has not ended. `attempt` is 1 for its first execution."""
-
-    __slots__ = ("key", "spec", "payload", "state", "attempt", "engine", "crashes", "failures", "excluded", "refused",
-                 "aborted", "order", "submitted", "est", "allowed", "wait")
-
-    def __init__(self, key: TaskKey, spec: Spec, payload: Payload):
-        self.key = key
-        self.spec = spec
-        self.payload = payload
-        self.state = WAITING
-        self.attempt = 0
-        self.engine: Optional[int] = None
-        self.crashes = 0
-        self.failures = 0
-        self.excluded: Optional[Ids] = None  # engines that failed or refused it
-        self.refused: Optional[Ids] = None  # those of them that refused it
-        self.allowed = spec.allowed  # engines that may run it; `follow` narrows it
-        self.wait: Optional[_Wait] = None
-        self.aborted = False
-        self.order = 0
-        self.submitted = 0.0
-        self.est = 0.0  # s that its present attempt was expected to take
-
-    def __repr__(self) -> str:
-        return f"<Task {self.key[0].hex()}-{self.key[1]} {self.state.name} engine={self.engine} attempt={self.attempt}>"
-
-
-class _Tally:
-    """How far the tasks of a dependency have got."""
-
-    __slots__ = ("needs", "left", "good", "bad", "engines", "unknown")
-
-    def __init__(self, needs: Needs):
-        self.needs = needs
-        self.left = len(needs.ids)
-        self.good = self.bad = 0
-        self.engines: dict[int, None] = {}  # where the good ones ran
-        self.unknown: Optional[TaskKey] = None  # a task that nobody knows
-
-    def note(self, outcome: Outcome) -> None:
-        ok, engine = outcome
-        self.left -= 1
-        if self.needs.success if ok else self.needs.failure:
-            self.good += 1
-            if engine is not None:
-                self.engines[engine] = None
-        else:
-            self.bad += 1
-
-    def verdict(self) -> Optional[bool]:
-        """True = met, False = can not be met any more, None = wait."""
-        if self.needs.all:
-            return False if self.bad else None if self.left else True
-        return True if self.good or not self.needs.ids else None if self.left else False
-
-
-class _Wait:
-    """Tasks submitted together that depend on the same others."""
-
-    __slots__ = ("tasks", "tallies", "follow")
-
-    def __init__(self, spec: Spec):
-        self.tasks: dict[TaskKey, Task] = {}
-        self.tallies = [_Tally(needs) for needs in (spec.after, spec.follow) if needs]
-        self.follow = self.tallies[-1] if spec.follow else None
 
 
 class EngineState:
@@ -314,85 +137,6 @@ class _Outcomes:
         return None
 
 
-class Submit(NamedTuple):
-    tasks: list[Task]
-
-
-class Finished(NamedTuple):
-    """Results of tasks of one client: records as `wire.result_sections` yields them."""
-
-    engine_id: int
-    session: bytes
-    records: list[tuple[Any, ...]]
-
-
-class Returned(NamedTuple):
-    """An engine gave back tasks that it had not started: (number, attempt) of each."""
-
-    engine_id: int
-    session: bytes
-    ids: list[tuple[int, int]]
-
-
-class EngineUp(NamedTuple):
-    engine_id: int
-
-
-class EngineDown(NamedTuple):
-    """An engine is gone.
-
-    Args:
-        reason: a sentence that names the engine and the cause.
-        running: key of the task that was running; None = no task was; `UNKNOWN` = nobody saw.
-        crashed: it did not end on purpose, so the running task may be the cause.
-    """
-
-    engine_id: int
-    reason: str
-    running: Union[TaskKey, None, str] = UNKNOWN
-    crashed: bool = True
-
-
-class Abort(NamedTuple):
-    session: bytes
-    seqs: list[int]
-
-
-class Tick(NamedTuple):
-    """Time has passed."""
-
-
-class Run(NamedTuple):
-    engine_id: int
-    tasks: list[Task]
-
-
-class Accept(NamedTuple):
-    """The results at these positions of the Finished event count (None: all). The others are void."""
-
-    engine_id: int
-    session: bytes
-    positions: Optional[list[int]]
-
-
-class Fail(NamedTuple):
-    """The scheduler ended a task: name of a class in errors.py, and a sentence."""
-
-    task: Task
-    ename: str
-    message: str
-
-
-class Recall(NamedTuple):
-    """Ask an engine to give back these tasks if it has not started them."""
-
-    engine_id: int
-    keys: list[TaskKey]
-
-
-Effect = Union[Run, Accept, Fail, Recall]
-
-
 Policy = tuple[Callable[[EngineState, float, random.Random], float], int]
 
 # How open engines are ranked, least first, and of how many of the best the least loaded is taken; equals are served in
@@ -445,7 +189,7 @@ class Scheduler:
         self._heap: list[tuple[float, int, EngineState]] = []  # the open ones, best first, and void entries
         self._estimates: dict[str, float] = {}  # s by function
         self._outcomes = _Outcomes()
-        self._dependents: dict[TaskKey, dict[_Tally, _Wait]] = {}  # who waits for the task
+        self._dependents: dict[TaskKey, dict[Tally, Wait]] = {}  # who waits for the task
         self._ends: deque[tuple[TaskKey, Outcome]] = deque()  # of tasks that others wait for; to be told
         self._timeouts: list[tuple[float, int, TaskKey]] = []  # heap of (when, order, key); may hold assigned ones
         self._ring: deque[tuple[float, TaskKey, State, Optional[int], int, str]] = deque(maxlen=RING)
@@ -588,7 +332,7 @@ class Scheduler:
         tasks, now = self.tasks, self._now
         spec: Optional[Spec] = None
         queue: Optional[_Queue] = None
-        wait: Optional[_Wait] = None
+        wait: Optional[Wait] = None
         for task in event.tasks:
             if task.key in tasks:
                 continue  # a client that reconnects may send what is here already
@@ -600,7 +344,7 @@ class Scheduler:
                 if wait is not None:
                     self._depend(wait)
                 spec = task.spec
-                wait = _Wait(spec) if spec.after or spec.follow else None
+                wait = Wait(spec) if spec.after or spec.follow else None
                 if wait is None:
                     queue = self._queue(spec.allowed, None)
             if spec.timeout is not None:
@@ -865,7 +609,7 @@ class Scheduler:
 
     # dependencies
 
-    def _depend(self, wait: _Wait) -> None:
+    def _depend(self, wait: Wait) -> None:
         """Count what is known of the tasks that others wait for, and watch the rest."""
         for tally in wait.tallies:
             for key in tally.needs.ids:
@@ -878,7 +622,7 @@ class Scheduler:
                     tally.unknown = key
         self._judge(wait)
 
-    def _undepend(self, wait: _Wait) -> None:
+    def _undepend(self, wait: Wait) -> None:
         for tally in wait.tallies:
             for key in tally.needs.ids:
                 watchers = self._dependents.get(key)
@@ -893,7 +637,7 @@ class Scheduler:
             tally.note(outcome)
             self._judge(wait)
 
-    def _judge(self, wait: _Wait) -> None:
+    def _judge(self, wait: Wait) -> None:
         """Release the tasks of `wait`, or end them, if it is time."""
         verdicts = [tally.verdict() for tally in wait.tallies]
         unknown = [tally.unknown for tally in wait.tallies if tally.unknown]
@@ -911,7 +655,7 @@ class Scheduler:
             else:
                 self._release(task, wait.follow)
 
-    def _release(self, task: Task, follow: Optional[_Tally]) -> None:
+    def _release(self, task: Task, follow: Optional[Tally]) -> None:
         """What the task waited for is there."""
         if follow is not None and follow.needs.ids:
             where = frozenset(follow.engines)

@@ -51,6 +51,7 @@ BATCH_TASKS = 512  # a message carries at most this many tasks ...
 BATCH_BYTES = 512 * 1024  # ... and about this many bytes of blob, so that nobody is kept from other work for long
 
 SESSION_SIZE = 8
+SEQ_END = 1 << 64  # numbers of tasks lie below
 Buffer = Union[bytes, bytearray, memoryview]
 Payload = Union[bytes, List[Buffer]]
 TaskKey = Tuple[bytes, int]  # a task's id: session of its client, number within it
@@ -99,7 +100,7 @@ def encode_json(kind: bytes, body: Any) -> list[Buffer]:
 
 
 def decode_json(frames: Sequence[Any], at: int = 1) -> Any:
-    """The JSON object in frame `at`; a dict unless the kind says otherwise."""
+    """The JSON value in frame `at`."""
     try:
         return json.loads(bytes(frames[at]))
     except (IndexError, ValueError, RecursionError) as e:
@@ -107,6 +108,7 @@ def decode_json(frames: Sequence[Any], at: int = 1) -> Any:
 
 
 def decode_dict(frames: Sequence[Any]) -> dict[str, Any]:
+    """The JSON object in frame 1, which must be a dict."""
     body = decode_json(frames)
     if not isinstance(body, dict):
         raise ProtocolError("the body is not a JSON object")
@@ -136,13 +138,14 @@ def _add_payload(payload: Payload, blob: list[bytes], large: list[Buffer]) -> tu
             return len(payload), 0
         large.append(payload)
         return 0, 1
-    first = payload[0]
+    pieces: list[Buffer] = payload  # type: ignore[assignment]
+    first = pieces[0]
     if type(first) is bytes and 0 < len(first) <= INLINE_MAX:
         blob.append(first)
-        large.extend(payload[1:])
-        return len(first), len(payload) - 1
-    large.extend(payload)
-    return 0, len(payload)
+        large.extend(pieces[1:])
+        return len(first), len(pieces) - 1
+    large.extend(pieces)
+    return 0, len(pieces)
 
 
 def encode_tasks(spec: bytes, session: bytes, tasks: Iterable[tuple[int, int, Payload]]) -> list[Buffer]:
@@ -260,7 +263,7 @@ def decode_ids(frames: Sequence[Any]) -> tuple[bytes, list[tuple[int, int]]]:
     if len(frames) != 2 or len(frames[1]) < SESSION_SIZE or (len(frames[1]) - SESSION_SIZE) % _ID.size:
         raise ProtocolError("a list of ids has the wrong length")
     index = bytes(frames[1])
-    return index[:SESSION_SIZE], list(_ID.iter_unpack(index[SESSION_SIZE:]))  # type: ignore[arg-type]
+    return index[:SESSION_SIZE], list(_ID.iter_unpack(index[SESSION_SIZE:]))
 
 
 def encode_output(session: bytes, engine_id: int, pieces: list[Any]) -> list[Buffer]:

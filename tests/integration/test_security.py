@@ -62,6 +62,12 @@ class Live:
         assert self.command.running()
 
 
+def hello_of(info):
+    """A proper hello of whoever holds a connection file, with every field that any role sends."""
+    return {"role": info["role"], "protocol": wire.VERSION, "session": os.urandom(8).hex(), "pid": 1, "host": "h", "id": None,
+            "uuid": os.urandom(16).hex(), "agent": os.urandom(16).hex(), "token": net.token(info["secret_key"])}
+
+
 @pytest.fixture
 def unharmed(live):
     """Whatever the test did: the cluster works on, tells no secret, and its log did not explode."""
@@ -191,7 +197,7 @@ class Test_half_admitted:
             uuids = [os.urandom(16).hex() for _ in range(2)]
             assert raw.hello(unharmed.eng, uuid=uuids[0])[0] == wire.WELCOME
             eventually(lambda: len(rc.ids) == 2)
-            raw.hello(unharmed.eng, uuid=uuids[1])
+            raw.send(wire.encode_json(wire.HELLO, {**hello_of(unharmed.eng), "uuid": uuids[1]}))
             raw.send(wire.encode_json(wire.BYE, {"reason": "enough"}))
             eventually(lambda: rc.ids == [0], what="every engine of that connection is gone")
 
@@ -321,7 +327,7 @@ def test_random_frames(unharmed, role):
     member = Member(unharmed, role)
     kinds = sorted(wire.KINDS - {wire.BYE})
     for _ in range(400):
-        frames = [chance.choice([*kinds, b"", b"\x01", b"\x02T", bytes(2)])]
+        frames = [chance.choice([*kinds, b"", b"\x01", b"\x02T", bytes(2), bytes(70_000)])]
         frames += [bytes(chance.randrange(256) for _ in range(chance.choice((0, 1, 8, 12, 16, 45)))) for _ in range(chance.randrange(5))]
         member.send(frames)
     member.close()
@@ -331,8 +337,7 @@ def test_random_frames(unharmed, role):
 @pytest.mark.parametrize("role", ["client", "engine", "agent"])
 def test_wrong_types_in_a_hello(unharmed, role):
     info = unharmed.client if role == "client" else unharmed.eng
-    proper = {"role": role, "protocol": wire.VERSION, "session": os.urandom(8).hex(), "pid": 1, "host": "h", "id": None,
-              "uuid": os.urandom(16).hex(), "agent": os.urandom(16).hex(), "token": net.token(info["secret_key"])}
+    proper = {**hello_of(info), "role": role}
     for tried in range(0, 1 << 20, 40):
         some = list(itertools.islice(texts(proper), tried, tried + 40))
         if not some:

@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 import tasks
+from support import eventually
 
 import ipclite as ipp
 
@@ -123,18 +124,10 @@ def test_names_of_one_engine(rc, each):
         rc[1]["x"]
 
 
-def test_pushed_names_are_seen_by_functions(each):
-    each["x"] = 3
-    assert each.apply_sync(lambda y: x + y, 4) == [7, 7]  # noqa: F821
-    each["x"] = 10
-    assert each.apply_sync(lambda y: x + y, 4) == [14, 14]  # noqa: F821
-
-
 def test_clear(each):
     each["x"] = 3
     each.clear(block=True)
-    with pytest.raises(NameError):
-        each["x"]
+    assert "x" not in each["list(globals())"][0]
 
 
 @pytest.mark.parametrize("wrong", [{"not a name": 1}, {1: 2}])
@@ -322,6 +315,7 @@ def test_stop_iteration_does_not_end_a_map(view):
     values = view.map_sync(f, range(6), return_exceptions=True)
     assert len(values) == 6
     assert [v for v in values if not isinstance(v, Exception)] == [0, 1, 3, 4, 5]
+    assert "StopIteration" in str(values[2])
 
 
 # --- imap
@@ -333,7 +327,6 @@ def test_imap_takes_an_endless_input_as_it_needs_it(view):
     assert [next(results) for _ in range(100)] == [x * x for x in range(100)]
     results.close()
     assert next(taken) < 100 + 200
-    assert view.apply_sync is not None
 
 
 def test_imap_bounds_what_is_under_way(balanced):
@@ -382,8 +375,6 @@ def test_both_engines_work(rc, balanced, tmp_path):
     flag = tmp_path / "flag"
     ars = [balanced.apply_async(tasks.report_and_hold, tmp_path / "report", flag) for _ in range(2)]
     reports = tmp_path / "report"
-    from support import eventually
-
     assert len(set(eventually(lambda: reports.exists() and len(reports.read_text().split()) == 2 and
                               reports.read_text().split()))) == 2
     flag.touch()

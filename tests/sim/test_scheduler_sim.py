@@ -13,7 +13,8 @@ from collections import deque
 import pytest
 from sim.world import LATENCY_S, World
 
-from ipclite.scheduler import EngineUp, Finished, Run, Scheduler, Spec, State, Submit, Task
+from ipclite.scheduler import Scheduler
+from ipclite.tasks import EngineUp, Finished, Run, Spec, State, Submit, Task
 from ipclite.wire import OK
 
 RUNS = int(os.environ.get("SIM_RUNS", "300"))
@@ -44,7 +45,8 @@ def test_engines_are_kept_busy(kind):
         world.kinds = [kind]
         world.play(tasks=300, engines=4, targets=None)
         assert world.busy_s > 0.1
-        assert world.wasted_s < 0.05 * world.busy_s + 300 * LATENCY_S[1], f"seed {seed}: {world.wasted_s} of {world.busy_s} s"
+        allowed_s = 0.05 * world.busy_s + 300 * LATENCY_S[1]
+        assert world.wasted_s < allowed_s, f"seed {seed}: {world.wasted_s} of {world.busy_s} s"
 
 
 class Unread(dict):
@@ -57,10 +59,10 @@ class Unread(dict):
 
 
 @pytest.mark.parametrize("pinned", [False, True])
-@pytest.mark.parametrize("took", [1e-5, 1.0])
-def test_a_thousand_engines_and_a_hundred_thousand_tasks(pinned, took):
+@pytest.mark.parametrize("n, took", [(100_000, 1e-5), (10_000, 1.0)])
+def test_a_thousand_engines_and_a_hundred_thousand_tasks(pinned, n, took):
     """No event makes the scheduler go through them all. The cost is counted in calls, not seconds."""
-    engines, n, batch = 1000, 100_000, 200
+    engines, batch = 1000, 200
     scheduler = Scheduler()
     for i in range(engines):
         scheduler.handle(EngineUp(i), 0.0)

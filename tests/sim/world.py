@@ -10,8 +10,9 @@ import random
 from collections import Counter, deque
 from heapq import heappop, heappush
 
-from ipclite.scheduler import (POLICIES, UNKNOWN, Abort, Accept, EngineDown, EngineUp, Fail, Finished, Needs, Recall,
-                               Returned, Run, Scheduler, Spec, State, Submit, Task, Tick)
+from ipclite.scheduler import POLICIES, Scheduler
+from ipclite.tasks import (UNKNOWN, Abort, Accept, EngineDown, EngineUp, Fail, Finished, Needs, Recall, Returned, Run,
+                           Spec, State, Submit, Task, Tick)
 from ipclite.wire import ERROR, OK, UNMET, msg_id
 
 LATENCY_S = (50e-6, 2e-3)
@@ -244,7 +245,8 @@ class World:
         ids = self.rng.sample(known, self.rng.randint(1, min(4, len(known))))
         if self.rng.random() < 0.05:
             ids.append((b"nobody..", 1))
-        return Needs(tuple(ids), self.rng.random() < 0.5, *self.rng.choice(((True, False), (True, True), (False, True))))
+        flags = self.rng.choice(((True, False), (True, True), (False, True)))
+        return Needs(tuple(ids), self.rng.random() < 0.5, *flags)
 
     def abort(self, session: bytes, seqs) -> None:
         self.aborted |= {(session, seq) for seq in seqs}
@@ -395,7 +397,8 @@ class World:
             spec = task.spec
             assert self.met(spec.after) and self.met(spec.follow), "run before what it depends on"
             assert spec.follow is None or engine.id in self.good(spec.follow), "does not follow"
-            assert task.attempt > 1 or spec.timeout is None or self.now <= self.truth[key].submitted + spec.timeout + 1e-9
+            waited = self.now - self.truth[key].submitted
+            assert task.attempt > 1 or spec.timeout is None or waited <= spec.timeout + 1e-9
             self.free.discard(key)
             self.attempts[key] = task.attempt, engine.id
             if task.spec.targets is not None:
