@@ -11,13 +11,14 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 import weakref
 from pathlib import Path
-from typing import Any, Iterator, Optional, Sequence, Union
+from typing import Any, Iterable, Iterator, Optional, Sequence, Union
 
 from . import config, net, pack, wire
 from .connection import Connection
@@ -259,32 +260,57 @@ class Client:
         status: dict[str, Any] = self._query("queue_status", targets=self._targets(targets)[0])
         return {int(k) if k.isdigit() else k: v for k, v in status.items()}
 
-    def send_signal(self, signum: int, targets: Any = "all") -> None:
-        """Send a signal to engines; SIGINT interrupts the running task, which fails with KeyboardInterrupt."""
-        self._query("signal", signum=int(signum), targets=self._targets(targets)[0])
+    def send_signal(self, sig: Union[int, str], targets: Any = "all", block: Optional[bool] = None) -> None:
+        """Send a signal to engines; SIGINT interrupts the running task, which fails with KeyboardInterrupt.
 
-    def shutdown(self, targets: Any = "all", hub: bool = False) -> None:
-        """End engines, or (`hub=True`) the controller and all engines."""
+        Args:
+            sig: number or name ("SIGINT", "INT").
+            block: accepted for the sake of old scripts; the call returns when the controller has passed the order on.
+
+        Raises:
+            ValueError: there is no such signal.
+        """
+        if isinstance(sig, str):
+            name = sig.upper() if sig.upper().startswith("SIG") else "SIG" + sig.upper()
+            if not hasattr(signal, name):
+                raise ValueError(f"there is no signal {sig!r}")
+            sig = getattr(signal, name)
+        self._query("signal", signum=int(signal.Signals(sig)), targets=self._targets(targets)[0])
+
+    def shutdown(self, targets: Any = "all", restart: bool = False, hub: bool = False, block: Optional[bool] = None) -> None:
+        """End engines, or (`hub=True`) the controller and all engines.
+
+        Args:
+            restart: start new engines in their place, with the same ids and empty namespaces.
+            block: with `restart`, wait until the new ones are there.
+        """
+        uuids = {i: self._uuids.get(i) for i in self._targets(targets)[0]}
         try:
-            self._query("shutdown", targets=None if hub else self._targets(targets)[0], hub=hub)
+            self._query("shutdown", targets=None if hub else list(uuids), hub=hub, restart=restart)
+            if restart and block and not hub:
+                self._connection.wait(lambda: self._connection.lost or all(
+                    i in self._engines and self._engines[i]["uuid"] != uuid for i, uuid in uuids.items()), self)
         except ControllerLost:
             if not hub:
                 raise
 
-    def abort(self, jobs: Any = None) -> None:
-        """Take back tasks that have not started.
+    def abort(self, jobs: Any = None, *, interrupt: bool = False) -> None:
+        """Take back tasks that have not started, wherever they wait; they fail with `TaskAborted`.
 
         Args:
             jobs: AsyncResults, message ids or a list of these; None: all of this client's.
+            interrupt: also interrupt those that run: they get SIGINT (KeyboardInterrupt), and if they do not end within
+                2 s their engine is killed and replaced by a new one with the same id and an empty namespace.
         """
-        if jobs is None:
-            numbers = list(self._connection.unfinished)
-        else:
+        pending = self._connection.unfinished
+        numbers: Iterable[int] = pending
+        if jobs is not None:
             numbers = []
             for job in jobs if isinstance(jobs, (list, tuple, set)) else [jobs]:
-                numbers += range(job._first, job._first + job._count) if isinstance(job, AsyncResult) else [wire.task_key(job)[1]]
-        if self._connection.lost is None:
-            self._connection.post(wire.encode_ids(wire.ABORT, self.session, [(n, 0) for n in numbers]))
+                mine = range(job._first, job._first + job._count) if isinstance(job, AsyncResult) else [wire.task_key(job)[1]]
+                numbers += [n for n in mine if n in pending]
+        if numbers and self._connection.lost is None:
+            self._connection.post(wire.encode_ids(wire.ABORT, self.session, [(n, int(interrupt)) for n in numbers]))
 
     def wait(self, jobs: Any = None, timeout: Optional[float] = None) -> bool:
         """Wait for AsyncResults (None: everything that this client has submitted).

@@ -390,7 +390,10 @@ class Controller:
             key = (bytes.fromhex(running[0]), int(running[1])) if running else None
         except (TypeError, ValueError, LookupError, OverflowError):
             raise ProtocolError("'running' is not a task") from None
-        self._drop_engine(engine, str(body.get("cause")), key, bool(body.get("crashed")))
+        verdict = body.get("verdict")
+        if verdict is not None and not (isinstance(verdict, list) and [type(v) for v in verdict] == [str, str]):
+            raise ProtocolError("'verdict' is not an error class and a message")
+        self._drop_engine(engine, str(body.get("cause")), key, bool(body.get("crashed")), verdict and tuple(verdict))
 
     def _on_agent_bye(self, agent: AgentPeer, frames: list[Any]) -> None:
         self._drop_agent(agent, str(wire.decode_dict(frames).get("reason", "its agent stopped")))
@@ -428,7 +431,8 @@ class Controller:
         for engine in [e for e in self.engines.values() if e.agent == agent_uuid]:
             self._drop_engine(engine, reason, "unknown", False)
 
-    def _drop_engine(self, engine: EnginePeer, reason: str, running: Any, crashed: bool) -> None:
+    def _drop_engine(self, engine: EnginePeer, reason: str, running: Any, crashed: bool,
+                     verdict: Optional[tuple[str, str]] = None) -> None:
         self._peers.pop((engine.sock, engine.route), None)
         if self.engines.get(engine.id) is not engine:
             return
@@ -436,7 +440,7 @@ class Controller:
         self.log.warning("engine %d (pid %s on %s) is gone: %s", engine.id, engine.info["pid"], engine.info["host"], reason)
         self._tell_clients({"left": {str(engine.id): reason}})
         reason = f"engine {engine.id} on {engine.info['host']} is gone: {reason}"
-        self._carry_out(self.scheduler.handle(EngineDown(engine.id, reason, running, crashed), time.monotonic()))
+        self._carry_out(self.scheduler.handle(EngineDown(engine.id, reason, running, crashed, verdict), time.monotonic()))
 
     def _tell_clients(self, news: dict[str, Any]) -> None:
         message = wire.encode_json(wire.ENGINES, news)
@@ -507,6 +511,14 @@ class Controller:
         if session != client.session:
             raise ProtocolError("tasks of another client's session")
         self._carry_out(self.scheduler.handle(Abort(session, [seq for seq, _ in ids]), time.monotonic()))
+        on: dict[int, list[Any]] = {}
+        for seq, interrupt in ids:
+            task = self.scheduler.tasks.get((session, seq))
+            if interrupt and task is not None and task.engine is not None:
+                on.setdefault(task.engine, []).append([session.hex(), seq])
+        for engine_id, tasks in on.items():
+            if engine_id in self.engines:
+                self._control([self.engines[engine_id]], {"op": "interrupt", "tasks": tasks})
 
     def _on_query(self, client: ClientPeer, frames: list[Any]) -> None:
         body = wire.decode_dict(frames)
@@ -533,7 +545,7 @@ class Controller:
         if body["hub"]:
             self.stop("a client shut it down")
         else:
-            self._control(self._targets(body), {"op": "stop"})
+            self._control(self._targets(body), {"op": "stop", "restart": bool(body.get("restart"))})
 
     def _query_signal(self, body: dict[str, Any]) -> Any:
         if not 0 <= int(body["signum"]) <= SIGNAL_MAX:

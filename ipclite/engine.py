@@ -19,6 +19,7 @@ from __future__ import annotations
 import ast
 import atexit
 import builtins
+import contextlib
 import faulthandler
 import gc
 import io
@@ -40,7 +41,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from . import config, net, pack, wire
-from .errors import ConfigError, ConnectError, ConnectionFileError, ProtocolError, UserError
+from .errors import ConfigError, ConnectError, ConnectionFileError, ProtocolError, TaskTimeout, UserError
 
 FLUSH_S = 0.002  # a result waits at most this long for others to travel with ...
 COURIER_S = 0.005  # ... or this long if the task after it is a slow one
@@ -48,9 +49,12 @@ LOOK_S = 0.05  # between two looks for tasks that are to be given back and have 
 OUTPUT_MAX = 1 << 20  # characters of output kept before the printing task must send them itself
 REJOIN_S = 60.0  # how long to try to reach the controller again
 GRACE_S = 5.0  # between asking an engine to end and killing it
+INTERRUPT_GRACE_S = 2.0  # between interrupting a task and killing its engine
+WATCH_S = 0.25  # between two looks of the agent at its engines
 TAIL_BYTES = 2000  # of an engine's log that explain its end
 
-_CELL = struct.Struct("=8sQ")  # session, number + 1 of the running task; 0: none
+_CELL = struct.Struct("=8sQd")  # session, number + 1 of the running task (0: none), monotonic time by which it must end (0: none)
+_CELL_ID = struct.Struct("=q")  # behind it: the engine's id
 CELL_SIZE = 64  # one cache line each
 
 
@@ -61,10 +65,11 @@ class Stop(BaseException):
 class Job:
     """A spec, ready to run: what to do with a payload. Shared by the tasks that came with it."""
 
-    __slots__ = ("op", "session", "fn", "body")
+    __slots__ = ("op", "session", "fn", "body", "run_timeout")
 
     def __init__(self, op: Callable[..., Any], session: bytes, fn: Optional[str], body: dict[str, Any]):
         self.op, self.session, self.fn, self.body = op, session, fn, body
+        self.run_timeout: Optional[float] = body.get("run_timeout")
 
 
 class Stream(io.TextIOBase):
@@ -183,6 +188,7 @@ class Engine:
         link, welcome = net.greet(self._context, self.read_info(), hello)
         self._functions.clear()  # the controller counts on nothing that an earlier connection brought
         self._link, self.id = link, welcome["id"]
+        _CELL_ID.pack_into(self._cell, _CELL.size, self.id)
         self._poller = net.Poller()
         for source in (link.sock, link.monitor, self._wake_r):
             self._poller.register(source, net.POLLIN)
@@ -245,7 +251,7 @@ class Engine:
             if self._must_rejoin:
                 self._rejoin()
             self._flush()
-            _CELL.pack_into(self._cell, 0, b"", 0)
+            _CELL.pack_into(self._cell, 0, b"", 0, 0.0)
             self._wanted.clear()  # by engines that are as idle as we are now
             ready = dict(self._poller.poll())
             if self._wake_r in ready:
@@ -426,7 +432,8 @@ class Engine:
     def _run_task(self, job: Job, seq: int, attempt: int, payload: Any) -> None:
         session = job.session
         self._current = (session, seq)
-        _CELL.pack_into(self._cell, 0, session, seq + 1)
+        limit = 0.0 if job.run_timeout is None else time.monotonic() + job.run_timeout
+        _CELL.pack_into(self._cell, 0, session, seq + 1, limit)
         started = time.time()
         try:
             try:
@@ -439,6 +446,8 @@ class Engine:
         except Stop:
             raise
         except BaseException as e:
+            if limit and isinstance(e, KeyboardInterrupt) and time.monotonic() > limit:
+                e = TaskTimeout(f"the task ran longer than its run_timeout of {job.run_timeout:g} s")
             packed, status = pack.pack_error(e, self._where()), wire.ERROR
         ended = time.time()
         self._results.append((session, wire.Result(seq, started, ended - started, attempt, status, packed)))
@@ -543,17 +552,25 @@ def _end_fork() -> None:
 class Child:
     """What the agent knows of one of its engines."""
 
-    __slots__ = ("uuid", "pid", "leash", "cell", "log_path", "told", "kill_at")
+    __slots__ = ("uuid", "pid", "leash", "cell", "log_path", "told", "kill_at", "doomed", "victim", "replace", "verdict")
 
     def __init__(self, uuid: str, pid: int, leash: socket.socket, cell: memoryview, log_path: Path):
         self.uuid, self.pid, self.leash, self.cell, self.log_path = uuid, pid, leash, cell, log_path
         self.told = False  # to end
         self.kill_at: Optional[float] = None
+        self.doomed: dict[tuple[bytes, int], float] = {}  # tasks to interrupt if it runs them, and until when that holds
+        self.victim: Optional[tuple[bytes, int]] = None  # the task that has been interrupted
+        self.replace = False  # by a new engine when it has ended
+        self.verdict: Optional[tuple[str, str]] = None  # on the task that it dies with: error class and message
 
-    def running(self) -> Optional[list[Any]]:
-        """The task it was running, as EXITED tells it."""
-        session, number = _CELL.unpack_from(self.cell, 0)
-        return [session.hex(), number - 1] if number else None
+    def running(self) -> tuple[Optional[tuple[bytes, int]], float]:
+        """The task it is running, and the monotonic time by which that must end (0: any)."""
+        session, number, limit = _CELL.unpack_from(self.cell, 0)
+        return (session, number - 1) if number else None, limit
+
+    def engine_id(self) -> int:
+        """Its id; negative before it has registered."""
+        return int(_CELL_ID.unpack_from(self.cell, _CELL.size)[0])
 
     def cause(self, status: int) -> tuple[str, bool]:
         """Why it ended, and whether that was a crash."""
@@ -616,9 +633,11 @@ class Agent:
         """Start n engines."""
         cells = memoryview(mmap.mmap(-1, n * CELL_SIZE))
         for i in range(n):
-            self._fork(cells[i * CELL_SIZE : (i + 1) * CELL_SIZE])
+            self._fork(cells[i * CELL_SIZE : (i + 1) * CELL_SIZE], None)
 
-    def _fork(self, cell: memoryview) -> None:
+    def _fork(self, cell: memoryview, wanted_id: Optional[int]) -> None:
+        _CELL.pack_into(cell, 0, b"", 0, 0.0)
+        _CELL_ID.pack_into(cell, _CELL.size, -1)
         name = os.urandom(16).hex()
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
@@ -634,14 +653,14 @@ class Agent:
             ours.close()
             for child in self.children.values():
                 child.leash.close()
-            code = self._be_engine(name, theirs, cell)
+            code = self._be_engine(name, theirs, cell, wanted_id)
         except BaseException:
             traceback.print_exc()
         finally:
             sys.__stderr__.flush()
             os._exit(code)
 
-    def _be_engine(self, name: str, leash: socket.socket, cell: memoryview) -> int:
+    def _be_engine(self, name: str, leash: socket.socket, cell: memoryview, wanted_id: Optional[int]) -> int:
         os.setpgid(0, 0)  # so that what user code starts can be ended with it
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -654,7 +673,9 @@ class Agent:
         os.close(fd)
         faulthandler.enable(2)
         log = config.setup_logging("ipengine", self.settings["Application.log_level"])
+        _close_all_but(leash.fileno())  # the agent's connection must not live on in its engines
         engine = Engine(self.read_info, name, self.uuid, leash, cell, self._startup, log)
+        engine.id = wanted_id
         log.info("engine ended: %s", engine.run())
         atexit._run_exitfuncs()
         return 0 if engine.id is not None else 1
@@ -673,10 +694,14 @@ class Agent:
             else:
                 self.log.info("engine process %d ended: %s", pid, cause)
             if self._link is not None:
+                running, _ = child.running()
                 net.send(self._link.sock, wire.encode_json(wire.EXITED, {
-                    "uuid": child.uuid, "cause": cause, "crashed": crashed, "running": child.running()}))
+                    "uuid": child.uuid, "cause": cause, "crashed": crashed, "verdict": child.verdict,
+                    "running": running and [running[0].hex(), running[1]]}))
             child.leash.close()
             _signal_group(pid, signal.SIGKILL)  # what its user code left behind
+            if child.replace and self._end is None:
+                self._fork(child.cell, child.engine_id())
         if not self.children:
             self.stop("all its engines have ended")
 
@@ -716,7 +741,7 @@ class Agent:
             self._poller.register(source, net.POLLIN)
 
     def _turn(self) -> None:
-        ready = dict(self._poller.poll(1000))
+        ready = dict(self._poller.poll(int(WATCH_S * 1000)))
         if self._wake_r in ready:
             os.read(self._wake_r, 4096)
         self._reap()
@@ -735,9 +760,32 @@ class Agent:
         elif lost is not None and self._end is None:
             self._rejoin(lost)
         for child in self.children.values():
-            if child.kill_at is not None and now > child.kill_at:
-                child.kill_at = None
-                _signal_group(child.pid, signal.SIGKILL)
+            self._watch(child, now)
+
+    def _watch(self, child: Child, now: float) -> None:
+        """Interrupt a task that is to end or has run too long; kill an engine that did not end what it was to end."""
+        running, limit = child.running()
+        if child.victim is not None and running != child.victim:
+            child.victim = child.kill_at = None
+        if child.kill_at is not None and now > child.kill_at:
+            child.kill_at = None
+            if child.victim is not None:
+                child.told = child.replace = True
+            _signal_group(child.pid, signal.SIGKILL)
+        if running is not None and child.victim is None and not child.told:
+            if limit and now > limit:
+                child.verdict = ("TaskTimeout", "the task ran longer than its run_timeout, and its engine was killed as it did "
+                                                "not react to an interrupt")
+                self._interrupt(child, running, now)
+            elif now < child.doomed.get(running, 0.0):
+                child.verdict = None
+                self._interrupt(child, running, now)
+        if child.doomed:
+            child.doomed = {key: until for key, until in child.doomed.items() if now < until}
+
+    def _interrupt(self, child: Child, running: tuple[bytes, int], now: float) -> None:
+        child.victim, child.kill_at = running, now + INTERRUPT_GRACE_S
+        os.kill(child.pid, signal.SIGINT)
 
     def _receive(self) -> Optional[str]:
         """Take in what waits; returns why the connection is to be given up, or None."""
@@ -764,7 +812,12 @@ class Agent:
         if order["op"] == "signal":
             os.kill(child.pid, order["signum"])
         elif order["op"] == "stop":
+            child.replace = bool(order.get("restart"))
             self._end_child(child)
+        elif order["op"] == "interrupt":
+            until = time.monotonic() + INTERRUPT_GRACE_S
+            child.doomed.update({(bytes.fromhex(session), seq): until for session, seq in order["tasks"]})
+            self._watch(child, time.monotonic())
         else:
             self._order(child, order)
 
@@ -793,7 +846,8 @@ class Agent:
             except (ConnectError, ConnectionFileError) as e:
                 if time.monotonic() > deadline:
                     return self.stop(f"the controller is gone: {e}")
-                select.select([self._wake_r], [], [], 0.2)
+                if select.select([self._wake_r], [], [], 0.2)[0]:
+                    os.read(self._wake_r, 4096)
                 self._reap()
             else:
                 for child in self.children.values():
@@ -822,6 +876,14 @@ class Agent:
         if self._context is not None:
             self._context.term()
         self.log.info("agent stopped: %s", self._end)
+
+
+def _close_all_but(kept: int) -> None:
+    """Close what a forked process inherited, but for one descriptor and the standard three."""
+    for name in os.listdir("/dev/fd"):
+        if int(name) > 2 and int(name) != kept:
+            with contextlib.suppress(OSError):  # the one that listed them
+                os.close(int(name))
 
 
 def _signal_group(pid: int, signum: int) -> None:

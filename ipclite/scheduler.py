@@ -506,6 +506,9 @@ class Scheduler:
                 ran = False
                 task.crashes += event.crashed
                 note = why
+                if event.verdict is not None and not task.aborted:
+                    self._fail(task, *event.verdict)
+                    continue
             else:
                 note = why + (" (may have run)" if ran else " (not started)")
             self._lose(task, note)

@@ -168,6 +168,7 @@ class Tally:
         self.unknown: Optional[TaskKey] = None  # a task that nobody knows
 
     def note(self, outcome: Outcome) -> None:
+        """Count a task that has ended."""
         ok, engine = outcome
         self.left -= 1
         if self.needs.success if ok else self.needs.failure:
@@ -232,6 +233,7 @@ class EngineDown(NamedTuple):
     reason: str
     running: Union[TaskKey, None, str] = UNKNOWN
     crashed: bool = True
+    verdict: Optional[tuple[str, str]] = None  # what the running task fails with: error class and message
 
 
 class Abort(NamedTuple):

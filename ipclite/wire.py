@@ -254,7 +254,8 @@ def section_results(records: Sequence[tuple[Any, ...]], section: Sequence[Any]) 
 
 
 def encode_ids(kind: bytes, session: bytes, ids: Iterable[tuple[int, int]]) -> list[Buffer]:
-    """ABORT and RETURNED: (number, attempt) of tasks of one session. A client leaves the attempt 0."""
+    """ABORT and RETURNED: (number, attempt) of tasks of one session. In ABORT, 1 in the attempt's place means that the task
+    is to be interrupted if it runs."""
     return [kind, session + b"".join([_ID.pack(*i) for i in ids])]
 
 

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "net": {"errors", "wire", "config"},
     "db": {"errors"},
     "tasks": {"errors", "wire"},
-    "scheduler": {"errors", "wire", "tasks"},
+    "scheduler": {"wire", "tasks"},
     "controller": {"errors", "wire", "net", "config", "db", "tasks", "scheduler"},
     "engine": {"errors", "wire", "net", "config", "pack"},
     "launchers": {"errors", "config"},

@@ -14,7 +14,7 @@ from ipclite import config
 from ipclite.__main__ import ROLES
 from ipclite.cluster import COMMANDS
 from ipclite.errors import ConfigError
-from ipclite.scheduler import TRANSITIONS
+from ipclite.tasks import TRANSITIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 README, ARCHITECTURE, CONTRIBUTING = ((ROOT / f"{name}.md").read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 def shell_lines(text: str) -> list[list[str]]:
     """The words of every line in the shell blocks."""
-    return [shlex.split(line) for block in blocks(text, "sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for block in blocks(text, "sh") for line in block.splitlines()]
 
 
 def inline(text: str) -> list[str]:
@@ -150,10 +150,11 @@ def test_the_code_map_says_what_may_be_imported():
 
 
 def test_names_in_the_architecture_exist():
-    """Modules, functions, methods and constants that it names as code are in the source."""
+    """Modules, functions, methods and constants that it names as code are in the source; `db.py` is to come."""
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "ipclite").glob("*.py"))
     files = {path.stem for path in ROOT.glob("*/*.py")} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
     named = {word for code in inline(ARCHITECTURE) if re.fullmatch(r"\w+(\.\w+)*", code) for word in code.split(".")}
     folders = {path.name for path in (ROOT / "tests").iterdir()}
-    unknown = {word for word in named - files - folders - {"py"} if not re.search(rf"\b{word}" + r"\b" * (word[-1] != "_"), source)}
+    names = named - files - folders - {"py", "db"}
+    unknown = {name for name in names if not re.search(rf"\b{name}" + r"\b" * (name[-1] != "_"), source)}
     assert len(named) > 50 and unknown == set()
