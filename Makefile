@@ -21,7 +21,7 @@ test: $(VENV)/.test
 check: $(VENV)/.test $(VENV)/.dev
 	$(PY) -m ruff check --quiet --output-format=concise .
 	$(PY) -m mypy
-	$(PY) -m vermin --quiet --target=3.9- --violations --no-tips ipclite examples tests bench
+	$(VENV)/bin/vermin --quiet --target=3.9- --violations --no-tips ipclite examples tests bench
 	$(PY) -m pytest -q tests/unit/test_architecture.py
 
 bench: $(VENV)/.test

@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from typing import List
 
-from .config import run_main
+from .config import run_main, version
 from .errors import EXIT_FAILURE, ConfigError
 
 # Role -> its module, whose main() takes the remaining words, and what it does.
@@ -23,6 +23,9 @@ def _dispatch(argv: List[str]) -> int:
         for role, (_, purpose) in ROLES.items():
             print(f"  {role:<12} {purpose}")
         return 0 if argv else EXIT_FAILURE
+    if argv[0] == "--version":
+        print(version())
+        return 0
     if argv[0] not in ROLES:
         raise ConfigError(f"unknown role {argv[0]!r}; choose from {', '.join(ROLES)}.")
     return int(import_module(ROLES[argv[0]][0], __package__).main(argv[1:]))

@@ -24,7 +24,7 @@ import stat
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, NoReturn, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Tuple, Union
 
 from .errors import EXIT_FAILURE, ConfigError, ConnectionFileError, UserError
 
@@ -257,7 +257,10 @@ def _ports(value: Any) -> List[int]:
     ports: List[int] = []
     for part in str(value).split(",") if isinstance(value, (str, int)) else map(str, value):
         low, _, high = part.strip().partition("-")
-        ports += range(int(low), int(high or low) + 1)
+        span = range(int(low), int(high or low) + 1)
+        if not span:
+            raise ValueError
+        ports += span
     if not all(0 < port < 65536 for port in ports):
         raise ValueError
     return ports
@@ -685,6 +688,25 @@ def make_profile_dir(path: PathLike) -> None:
         except OSError as e:
             raise ConfigError(f"The profile directory {folder} can't be written ({e.strerror}); choose another one "
                               "with --profile-dir or $IPYTHONDIR.") from None
+
+
+@contextlib.contextmanager
+def locked(folder: PathLike) -> Iterator[None]:
+    """Keep other processes out of the same block; where directories can't be locked (some network file systems, Windows)
+    nobody is kept out."""
+    try:
+        import fcntl
+
+        fd = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def log_file(profile_dir: PathLike, program: str, cluster_id: str = "", pid: Optional[int] = None) -> Path:

@@ -130,6 +130,10 @@ class Controller:
             AlreadyRunning: a live controller owns the files.
             UserError: an address, port, directory or file can't be used.
         """
+        with config.locked(profile_dir / "security"):  # of two that start at once, one sees the files of the other
+            self._open(profile_dir)
+
+    def _open(self, profile_dir: Path) -> None:
         cluster_id = self.options["Application.cluster_id"]
         paths = {role: config.connection_file(profile_dir, cluster_id, role) for role in ("client", "engine")}
         before = {role: self._previous(path) for role, path in paths.items()}
@@ -363,6 +367,8 @@ class Controller:
         if engine.agent not in self.agents:
             self._silent_agents.setdefault(engine.agent, time.monotonic())
         self._welcome(engine, id=id)
+        if self.engines.get(id) is not engine:
+            return  # it did not stay for its welcome
         self.log.info("engine %d connected (pid %s on %s)", id, body.get("pid"), body["host"])
         self._tell_clients({"joined": [engine.info]})
         self._carry_out(self.scheduler.handle(EngineUp(id), time.monotonic()))
@@ -593,7 +599,9 @@ class Controller:
                 self._recall(effect)
 
     def _run_on(self, effect: Run) -> None:
-        engine = self.engines[effect.engine_id]
+        engine = self.engines.get(effect.engine_id)
+        if engine is None:
+            return  # an effect before this one found it gone, and the scheduler knows
         message: list[Any] = [wire.TASKS]
         section: list[Any] = []
         spec: Any = None
@@ -636,8 +644,8 @@ class Controller:
         self._settle(client, 1)
 
     def _recall(self, effect: Recall) -> None:
-        engine = self.engines[effect.engine_id]
-        self._control([engine], {"op": "recall", "tasks": [[session.hex(), seq] for session, seq in effect.keys]})
+        engines = [self.engines[effect.engine_id]] if effect.engine_id in self.engines else []
+        self._control(engines, {"op": "recall", "tasks": [[session.hex(), seq] for session, seq in effect.keys]})
 
 
 def serve(argv: list[str]) -> int:

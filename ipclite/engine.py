@@ -438,6 +438,8 @@ class Engine:
         try:
             try:
                 self._in_user_code = True
+                if self._stopping is not None:  # the signal came a moment before the line above
+                    raise Stop
                 packed, status = job.op(job, payload), wire.OK
             finally:
                 self._in_user_code = False

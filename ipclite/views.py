@@ -28,9 +28,12 @@ class View:
         targets: the engines addressed.
         block: whether `apply`, `map` and the like wait for the result.
         label: a mark for the tasks, kept in their metadata.
+        run_timeout: s that a task may run; then it is interrupted and fails with TaskTimeout, and if it does not react within
+            2 s, its engine is killed and replaced. None: any time.
     """
 
-    _flags: tuple[str, ...] = ("targets", "block", "label")
+    _flags: tuple[str, ...] = ("targets", "block", "label", "run_timeout")
+    run_timeout: Optional[float] = None
 
     def __init__(self, client: Any, targets: Any, block: Optional[bool] = None, label: Optional[str] = None):
         self.client, self.targets, self.label = client, targets, label
@@ -70,6 +73,8 @@ class View:
         return self.client._targets(self.targets if targets is None else targets)  # type: ignore[no-any-return]
 
     def _spec(self, op: str, fn: Optional[str], targets: Optional[Sequence[int]], **more: Any) -> bytes:
+        if self.run_timeout is not None:
+            more["run_timeout"] = self.run_timeout
         key = (op, fn, None if targets is None else tuple(targets), *more.items())
         spec = self._specs.get(key)
         if spec is None:
@@ -340,7 +345,7 @@ class LoadBalancedView(View):
         [0, 1, 4, 9, 16]
     """
 
-    _flags = ("targets", "block", "label", "retries")
+    _flags = (*View._flags, "retries")
 
     def __init__(self, client: Any, targets: Any = None, block: Optional[bool] = None, label: Optional[str] = None, retries: int = 0):
         super().__init__(client, targets, block, label)
@@ -362,6 +367,8 @@ class LoadBalancedView(View):
              return_exceptions: bool = False) -> AsyncMapResult:
         """Chunks of `chunksize` items; None: sized so that every engine gets about 32."""
         columns, total = _columns(sequences)
+        if chunksize is None and self.run_timeout is not None:
+            chunksize = 1  # the time is meant for an item
         if chunksize is None:
             chunksize = max(1, -(-total // (CHUNKS_PER_ENGINE * max(1, len(self)))))
         if type(chunksize) is not int or chunksize < 1:

@@ -173,16 +173,6 @@ def test_connection_information_of_nobody(ipython_dir):
 # --- places that can't be written
 
 
-def as_nobody(code, *words):
-    """Run as a user whom permissions bind."""
-    def leave_root():
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
-
-    return subprocess.run([sys.executable, *code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=30,
-                          preexec_fn=leave_root, check=False)
-
-
 @pytest.mark.parametrize("role", ["controller", "cluster start"])
 def test_directories_that_can_not_be_written(ipython_dir, role):
     words = role.split()
@@ -231,11 +221,10 @@ def test_permissions_of_a_user(ipython_dir):
     need(os.getuid() == 0, "root, to become somebody else")
     ipython_dir.parent.chmod(0o755)
     ipython_dir.chmod(0o755)
-    for role in ("controller", "cluster start"):
-        done = as_nobody(["-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy; sys.argv[1:] = {role.split()!r}; "
-                                "runpy.run_module('ipclite', run_name='__main__')"])
-        assert (done.returncode, done.stdout) == (2, ""), done.stderr
-        assert done.stderr.count("\n") == 1 and "can't be written (Permission denied)" in done.stderr
+    for role, words in (("controller", []), ("cluster", ["start"])):
+        command = run(code=["-c", f"import os, sys; from ipclite.{role} import main; os.setgid({NOBODY}); os.setuid({NOBODY}); "
+                                  f"sys.exit(main({words}))"])
+        one_sentence(command, 2, "can't be written (Permission denied)")
 
 
 def test_a_full_disk(ipython_dir):
@@ -299,29 +288,27 @@ def test_a_payload_that_can_not_be_unpickled(cluster):
     assert view.map_sync(abs, [-1, 2]) == [1, 2]
 
 
-def test_a_module_that_only_the_client_has(cluster, tmp_path):
+def test_a_module_that_only_the_client_has(ipython_dir, tmp_path, monkeypatch):
+    """Its file is there when the engines start, and gone, or without the class, when they need it."""
     (tmp_path / "only_here.py").write_text("def f(x):\n    return x\n")
     (tmp_path / "gone_there.py").write_text("class Box:\n    pass\n")
-    sys.path.insert(0, str(tmp_path))
-    try:
-        import gone_there
-        import only_here
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    import gone_there
+    import only_here
 
-        (tmp_path / "only_here.py").unlink()
-        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    (tmp_path / "only_here.py").unlink()
+    (tmp_path / "gone_there.py").write_text("")
+    with ipp.Cluster(n=1) as cluster:
         with pytest.raises((ipp.KernelError, ModuleNotFoundError), match="only_here"):
-            cluster[0].apply_sync(only_here.f, 1)
-        (tmp_path / "gone_there.py").write_text("")
-        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+            cluster[0].apply_async(only_here.f, 1).get(20)
         with pytest.raises((ipp.KernelError, AttributeError), match="Box"):
-            cluster[0].apply_sync(lambda x: x, gone_there.Box())
-    finally:
-        sys.path.remove(str(tmp_path))
-    assert cluster[:].apply_sync(abs, -3) == [3, 3]
+            cluster[0].apply_async(lambda x: x, gone_there.Box()).get(20)
+        assert cluster[:].apply_sync(abs, -3) == [3]
 
 
 def test_a_task_that_is_larger_than_the_controller_takes(cluster):
-    cluster._max_task_bytes = 10_000_000  # as on a small machine
+    cluster._connection._max_task_bytes = 10_000_000  # as on a small machine
     view = cluster.load_balanced_view()
     with pytest.raises(ipp.PackError, match="GiB.*send smaller pieces, or a path to a file"):
         view.apply_sync(len, bytes(10_000_001))

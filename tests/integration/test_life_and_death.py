@@ -395,6 +395,27 @@ def test_every_waiting_call_fails_when_the_controller_freezes(start):
         again.wait_for_engines(2, timeout=30)
 
 
+def test_submitting_while_the_controller_is_killed(start):
+    """Neither a send into the broken connection nor a wait hangs, whoever does it."""
+    rc = start()
+    view, pid, many = rc.load_balanced_view(), controller_pid(rc), threading.Event()
+
+    def submit(k):
+        for i in range(10**9):
+            ars = [view.apply_async(abs, i) for _ in range(k)]
+            if i == 100:
+                many.set()
+            for ar in ars:
+                ar.get()
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(submit, k) for k in (1, 1, 100, 100)]
+        assert many.wait(30)
+        os.kill(pid, signal.SIGKILL)
+        for future in futures:
+            assert isinstance(future.exception(NOTICED_S), ipp.ControllerLost)
+
+
 def test_a_stopped_controller_says_so(start):
     rc = start()
     pids, agent = family(rc)

@@ -69,15 +69,15 @@ def hello_of(info):
 
 
 @pytest.fixture
-def unharmed(live):
-    """Whatever the test did: the cluster works on, tells no secret, and its log did not explode."""
+def unharmed(live, request):
+    """Whatever the test did: the cluster works on, tells no secret, and strangers do not fill its log."""
     start = len(live.command.err)
     yield live
     live.works()
     told = live.log_since(start)
     assert not [s for s in live.secrets if s in told]
     assert "Traceback" not in told, told
-    assert len(told) < 20_000, told[:2000]
+    assert len(told) < (20_000 if request.cls else 2_000_000), told[:2000]
 
 
 class Test_strangers_on_tcp:
