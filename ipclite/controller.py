@@ -103,6 +103,7 @@ class Controller:
         self.scheduler = Scheduler(crash_limit=options["TaskScheduler.crash_limit"], hwm=options["TaskScheduler.hwm"])
         self._context: Any = None
         self._ports: Any = None
+        self._watch: Any = None
         self._tokens: dict[str, str] = {}
         self._files: list[Path] = []
         self._sockets_dir: Optional[Path] = None
@@ -219,13 +220,10 @@ class Controller:
 
     def run(self) -> None:
         """Serve until stopped."""
-        poller = net.Poller()
-        for sock in [*self._ports.role_of, *self._ports.gates]:
-            poller.register(sock, net.POLLIN)
         wake_r, wake_w = os.pipe()
         os.set_blocking(wake_w, False)
         signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
-        poller.register(wake_r, net.POLLIN)
+        self._watch = net.Watch([*self._ports.role_of, *self._ports.gates, wake_r])
         next_ping = time.monotonic()
         try:
             while self.end is None:
@@ -238,7 +236,7 @@ class Controller:
                     self._carry_out(self.scheduler.handle(Tick(), now))
                     due = self.scheduler.next_deadline()
                 wait_s = max(0.0, min(next_ping, due if due is not None else next_ping) - time.monotonic())
-                for sock, _ in poller.poll(int(wait_s * 1000) + 1):
+                for sock in self._watch.wait(wait_s):
                     if sock in self._ports.gates:
                         self._ports.gatekeep(self._admitted)
                     elif sock == wake_r:
@@ -271,6 +269,7 @@ class Controller:
             self._on_message(sock, net.recv(sock))
             if not net.readable(sock):
                 return
+        self._watch.used.add(sock)
 
     def _on_message(self, sock: Any, frames: list[Any]) -> None:
         route, kind = frames[0], bytes(frames[1][:8]) if len(frames) > 1 else b""
@@ -305,6 +304,7 @@ class Controller:
         self._send(Peer(sock, route, "stranger", "a stranger"), wire.encode_json(wire.REFUSED, {"reason": reason}))
 
     def _send(self, peer: Peer, frames: list[Any]) -> None:
+        self._watch.used.add(peer.sock)
         try:
             net.send(peer.sock, [peer.route, *frames])
         except net.NetError as e:

@@ -122,7 +122,7 @@ class Engine:
         self._leash, self._cell = leash, cell
         self._context: Any = None
         self._link: Any = None
-        self._poller: Any = None
+        self._watch: Any = None
         self._io = threading.Lock()
         self._queue: deque[tuple[Job, int, int, Any]] = deque()
         self._queue_lock = threading.Lock()
@@ -189,9 +189,7 @@ class Engine:
         self._functions.clear()  # the controller counts on nothing that an earlier connection brought
         self._link, self.id = link, welcome["id"]
         _CELL_ID.pack_into(self._cell, _CELL.size, self.id)
-        self._poller = net.Poller()
-        for source in (link.sock, link.monitor, self._wake_r):
-            self._poller.register(source, net.POLLIN)
+        self._watch = net.Watch([link.sock, link.monitor, self._wake_r])
 
     def _rejoin(self) -> None:
         """The connection broke, or we were taken for dead: drop what we hold of it and register again."""
@@ -253,12 +251,13 @@ class Engine:
             self._flush()
             _CELL.pack_into(self._cell, 0, b"", 0, 0.0)
             self._wanted.clear()  # by engines that are as idle as we are now
-            ready = dict(self._poller.poll())
+            self._watch.used.add(self._link.sock)
+            ready = self._watch.wait(None)
             if self._wake_r in ready:
                 os.read(self._wake_r, 4096)
             if self._link.sock in ready:
                 self._receive()
-            if self._link.monitor in ready and self._link.check() and self._stopping is None:
+            elif self._link.monitor in ready and self._link.check() and self._stopping is None:
                 self._rejoin()
 
     def _receive(self) -> None:
@@ -621,7 +620,7 @@ class Agent:
         self._startup = _startup_code(settings)
         self._context: Any = None
         self._link: Any = None
-        self._poller: Any = None
+        self._sources: Any = None
         self._end: Optional[str] = None
         self._heard = 0.0
         self._silence_s = 0.0
@@ -738,12 +737,11 @@ class Agent:
         self._link, welcome = net.greet(self._context, self.read_info(), {
             "role": "agent", "protocol": wire.VERSION, "uuid": self.uuid, "host": socket.gethostname(), "pid": os.getpid()})
         self._heard, self._silence_s = time.monotonic(), welcome["silence_s"]
-        self._poller = net.Poller()
-        for source in (self._link.sock, self._link.monitor, self._wake_r):
-            self._poller.register(source, net.POLLIN)
+        self._sources = net.Watch([self._link.sock, self._link.monitor, self._wake_r])
 
     def _turn(self) -> None:
-        ready = dict(self._poller.poll(int(WATCH_S * 1000)))
+        self._sources.used.update((self._link.sock, self._link.monitor))
+        ready = self._sources.wait(WATCH_S)
         if self._wake_r in ready:
             os.read(self._wake_r, 4096)
         self._reap()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import select
 import socket as stdsocket
 import time
 from typing import Any, Iterable, NamedTuple, Optional, Sequence
@@ -29,7 +30,6 @@ from .errors import ConfigError, ConnectError, LauncherError, ProtocolError
 
 POLLIN = int(zmq.POLLIN)  # plain ints: pyzmq's enums cost microseconds at every use
 Context = zmq.Context
-Poller = zmq.Poller
 Again = zmq.Again
 NetError = zmq.ZMQError
 
@@ -100,6 +100,39 @@ def recv(sock: Any) -> list[Any]:
 def readable(sock: Any) -> bool:
     """Whether a message waits. Also rearms the socket's edge-triggered file descriptor."""
     return bool(_get(sock, _EVENTS) & POLLIN)
+
+
+class Watch:
+    """Waits for messages on sockets and for bytes on descriptors, in one system call where zmq.Poller takes one or two per socket.
+
+    libzmq's descriptors tell of a change once, and any use of a socket may swallow that. So a socket that has been used
+    since the last wait (`used`) is asked itself first, and a socket that is reported must be read until it is empty or
+    put into `used` again.
+
+    Args:
+        sources: zmq sockets and file descriptors.
+    """
+
+    def __init__(self, sources: Iterable[Any]):
+        self.used: set[Any] = set()
+        self._poll = select.poll()
+        self._source_of: dict[int, Any] = {}
+        for source in sources:
+            fd = source if isinstance(source, int) else source.get(zmq.FD)
+            self._source_of[fd] = source
+            self._poll.register(fd, select.POLLIN)
+            if fd is not source:
+                self.used.add(source)
+
+    def wait(self, timeout_s: Optional[float]) -> list[Any]:
+        """What can be read now, after at most `timeout_s` (None: any time)."""
+        ready = [sock for sock in self.used if readable(sock)]
+        self.used.clear()
+        for fd, _ in self._poll.poll(0 if ready else None if timeout_s is None else max(0.0, timeout_s) * 1000):
+            source = self._source_of[fd]
+            if source not in ready and (source is fd or readable(source)):
+                ready.append(source)
+        return ready
 
 
 def _prepare(sock: Any) -> None:
@@ -217,14 +250,12 @@ def greet(context: Any, info: dict[str, Any], hello: dict[str, Any], timeout_s: 
         deadline = time.monotonic() + timeout_s
         link.dial(timeout_s)
         send(link.sock, wire.encode_json(wire.HELLO, {**hello, "token": token(info["secret_key"])}))
-        poller = Poller()
-        poller.register(link.sock, POLLIN)
-        poller.register(link.monitor, POLLIN)
+        watch = Watch([link.sock, link.monitor])
         while True:
             wait_s = deadline - time.monotonic()
             if wait_s <= 0:
                 raise ConnectError(f"the controller at {link.address} took the connection but said nothing in {timeout_s:g} s")
-            ready = dict(poller.poll(int(wait_s * 1000) + 1))
+            ready = watch.wait(wait_s)
             if link.sock in ready:
                 return link, _welcome(link, recv(link.sock))
             if link.monitor in ready and link.check():

@@ -20,6 +20,7 @@ Rules that hold here:
   only the owner's changes are taken over elsewhere.
 - A payload never holds this package's name. It refers to a module `_ALIAS` which every copy of the package
   finds or makes, whatever its own name is.
+- What is evaluated on arrival (`_shared.evaluate`) makes a payload *live*: it is to be unpacked anew for each call.
 - numpy and cloudpickle are imported by whoever needs them, not by importing this file.
 """
 
@@ -54,6 +55,7 @@ _MAX_PIECES = 1000
 
 _PLAIN = 0x80
 _CONTEXT, _NAMES, _PIECES = 1, 2, 4  # flags: needs a context, has captured names, has more than one piece
+_LIVE, _SENDERS = 8, 16  # flags: must be unpacked anew each time; the sender's names win over the namespace's
 _HEAD = struct.Struct("<BB")  # flags, minor version of the Python that packed
 _COUNTS = struct.Struct("<HH")  # large bytes, buffers
 
@@ -64,6 +66,7 @@ _CACHED_FUNCTIONS = 256
 _CACHED_SIZE = 64 * 1024
 
 _dumps, _loads = pickle.dumps, pickle.loads
+_FLAGS = _CONTEXT | _NAMES | _PIECES | _LIVE | _SENDERS
 _MISSING = object()
 _BUILTINS = vars(builtins)
 _PACKAGE = __package__ or ""
@@ -73,21 +76,36 @@ _FOLDER = os.path.dirname(os.path.abspath(__file__)) + os.sep
 class _Load:
     """One call of `unpack`: where the functions that it builds live."""
 
-    __slots__ = ("package", "globals", "names", "lent", "fresh")
+    __slots__ = ("package", "namespace", "globals", "names", "lent", "fresh")
 
     def __init__(self, package: str, namespace: Optional[dict[str, Any]], names: dict[str, Any],
-                 lent: Optional[dict[str, Any]]):
-        self.package, self.names, self.lent = package, names, lent
+                 lent: Optional[dict[str, Any]], senders: bool = False):
+        self.package, self.namespace, self.names, self.lent = package, namespace, names, lent
         self.globals: dict[str, Any] = {"__name__": "__main__", "__builtins__": builtins}
-        if namespace is not None:
-            self.globals = namespace
-        else:
+        if namespace is None:
             self.names = self.globals
+        elif senders:
+            self.globals["__builtins__"] = _Behind(namespace)
+            self.names = self.globals
+        else:
+            self.globals = namespace
         self.fresh: list[type] = []  # classes that this call has made
+
+
+class _Behind(dict):  # type: ignore[type-arg]
+    """The built-ins of functions with globals of their own: what they lack is looked up in the engine's namespace."""
+
+    def __init__(self, namespace: dict[str, Any]):
+        super().__init__(_BUILTINS)
+        self._namespace = namespace
+
+    def __missing__(self, name: str) -> Any:
+        return self._namespace[name]
 
 
 class _Context(threading.local):
     load: Optional[_Load] = None
+    raised: Optional[BaseException] = None  # by an expression that was evaluated while unpacking
 
 
 def _shared_module() -> types.ModuleType:
@@ -157,16 +175,32 @@ def _shared_module() -> types.ModuleType:
         made.__dict__.update(attributes)
         return made
 
+    def evaluate(expression: str) -> Any:
+        load = current()
+        if load.namespace is None:
+            return own("functions", "Reference")(expression)
+        try:
+            return eval(compile(expression, "<reference>", "eval"), load.namespace)
+        except BaseException as e:
+            context.raised = e
+            raise
+
+    def packed(pieces: list[Any]) -> Any:
+        load = current()
+        return own("pack", "unpack")(pieces, load.namespace, load.names)
+
     def known_class(tracker_id: str) -> Any:
         from cloudpickle import cloudpickle  # type: ignore[import-untyped]
 
         return cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker_id)
 
     module = types.ModuleType(_ALIAS)
-    for f in (own, function, same, fill, cell, memoized, refill, new_class, set_class, view, exception, known_class):
+    for f in (own, function, same, fill, cell, memoized, refill, new_class, set_class, view, exception, evaluate, packed,
+              known_class):
         f.__module__, f.__qualname__ = _ALIAS, f.__name__
         setattr(module, f.__name__, f)
     module.context, module.received = context, received  # type: ignore[attr-defined]
+    module.publish = None  # type: ignore[attr-defined]  # an engine puts there what sends published data
     return module
 
 
@@ -293,6 +327,8 @@ class _Reducers:
         if own is not None:
             self.flags |= _CONTEXT
             return _shared.own, own
+        if f.__module__ == _ALIAS:
+            self.flags |= _CONTEXT | _LIVE if f is _shared.evaluate else _CONTEXT
         if self.cloud._should_pickle_by_reference(f):
             return NotImplemented
         self.flags |= _CONTEXT
@@ -327,7 +363,7 @@ class _Reducers:
                 pass
         names = _captured(f) if _own_module(f.__globals__.get("__name__")) is None else {}
         if names:
-            self.flags |= _NAMES
+            self.flags |= _NAMES | _SENDERS if _senders_win else _NAMES
         submodules = _submodules(f.__code__, [*names.values(), *contents.values()])
         return members, f.__dict__, contents, names, submodules
 
@@ -479,7 +515,34 @@ def _pack_any(obj: Any) -> Payload:
     except Exception as e:
         if isinstance(e, RecursionError) or isinstance(e.__cause__, RecursionError):
             raise PackError(f"can not pickle {_describe(obj)}: it is nested too deeply") from None
+        if _dill is not None:
+            return _dill_dump(obj, e)
         raise PackError(f"can not pickle {_where_fails(obj)}: {type(e).__name__}: {e}") from e
+
+
+_senders_win = False
+_dill: Any = None
+
+
+def use(pickler: str) -> None:
+    """Choose how this process pickles: "pickle", as described at the top of this file, which is the default;
+    "cloudpickle": functions prefer the values that they had here to those in the engine's namespace; "dill": what can not
+    be pickled otherwise is left to dill.
+
+    Raises:
+        PackError: dill is not installed.
+    """
+    global _senders_win, _dill
+    if pickler not in ("pickle", "cloudpickle", "dill"):
+        raise ValueError(f"there is no pickler {pickler!r}; choose pickle, cloudpickle or dill")
+    dill = None
+    if pickler == "dill":
+        try:
+            import dill  # type: ignore[import-not-found,import-untyped,no-redef]
+        except ImportError:
+            raise PackError("dill is not installed here; install it with `pip install dill`, on the engines as well") from None
+    _senders_win, _dill = pickler == "cloudpickle", dill
+    _cache.clear()
 
 
 def _dump(obj: Any, max_pieces: int = _MAX_PIECES) -> Payload:
@@ -487,6 +550,13 @@ def _dump(obj: Any, max_pieces: int = _MAX_PIECES) -> Payload:
     pickler = _pickler_class()(sink)
     pickler.dump(obj)
     return sink.payload(pickler.flags)
+
+
+def _dill_dump(obj: Any, trouble: Exception) -> bytes:
+    try:
+        return _dill.dumps(obj, PROTOCOL, recurse=True)  # type: ignore[no-any-return]
+    except Exception as e:
+        raise PackError(f"can not pickle {_where_fails(obj)}, not even with dill: {type(e).__name__}: {e}") from trouble
 
 
 def _describe(obj: Any) -> str:
@@ -753,7 +823,17 @@ def unpack(payload: Payload, namespace: Optional[dict[str, Any]] = None,
     except UnpackError:
         raise
     except Exception as e:
+        if e is _shared.context.raised:
+            raise
         raise UnpackError(_why_not(e, "here" if namespace is None else "on the engine")) from e
+    finally:
+        _shared.context.raised = None
+
+
+def is_live(payload: Payload) -> bool:
+    """Whether a payload has to be unpacked anew each time, as it refers to what the namespace holds then."""
+    head = payload if isinstance(payload, bytes) else payload[0]
+    return head[0] != _PLAIN and bool(head[0] & _LIVE)
 
 
 def _load(payload: Payload, namespace: Optional[dict[str, Any]], names: Optional[dict[str, Any]]) -> Any:
@@ -762,7 +842,7 @@ def _load(payload: Payload, namespace: Optional[dict[str, Any]], names: Optional
     if head[0] == _PLAIN and len(pieces) == 1:
         return _loads(head)
     flags, minor = _HEAD.unpack_from(head)
-    if flags == _PLAIN or flags & ~(_CONTEXT | _NAMES | _PIECES):
+    if flags == _PLAIN or flags & ~_FLAGS:
         raise UnpackError("can not unpickle: this is not a payload")
     if flags & _CONTEXT and minor != sys.version_info[1]:
         raise UnpackError(f"can not unpickle a function or class of Python 3.{minor} with "
@@ -775,9 +855,9 @@ def _load(payload: Payload, namespace: Optional[dict[str, Any]], names: Optional
         return _read(stream, buffers)
     if namespace is not None:
         namespace.setdefault("__builtins__", builtins)
-    lent = merged({}) if flags & _NAMES and namespace is not None else None
+    lent = merged({}) if flags & (_NAMES | _SENDERS) == _NAMES and namespace is not None else None
     before = _shared.context.load
-    _shared.context.load = _Load(_PACKAGE, namespace, {} if names is None else names, lent)
+    _shared.context.load = _Load(_PACKAGE, namespace, {} if names is None else names, lent, bool(flags & _SENDERS))
     try:
         with lend(namespace, lent):
             return _read(stream, buffers)

@@ -44,7 +44,8 @@ def test_by_profile_directory_and_cluster_id(start, tmp_path, ipython_dir):
     pids = {"a": first[0].apply_sync(os.getpid), "b": second[0].apply_sync(os.getpid)}
     folder = ipython_dir / "profile_mine"
     for cluster_id, pid in pids.items():
-        for how in ({"profile": "mine"}, {"profile_dir": str(folder)}, {"profile": "mine", "ipython_dir": str(ipython_dir)}):
+        by_folders = {"profile": "mine", "ipython_dir": str(ipython_dir)}
+        for how in ({"profile": "mine"}, {"profile_dir": str(folder)}, by_folders):
             with ipp.Client(cluster_id=cluster_id, **how) as rc:
                 assert rc[0].apply_sync(os.getpid) == pid
     with pytest.raises(ipp.ConnectionFileError):

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SLOW_PING = ["--ping=60000"]
 QUICK_PING = ["--ping=500"]  # an agent that misses three is gone: after 1.5 s
 NOTICED_S = 10
+NEVER = ["/never"] * 3  # files that tasks wait for in vain
 
 
 def lines_of(path):
@@ -329,9 +330,9 @@ WAITING = {
     "get": lambda rc, ar: ar.get(),
     "get with a timeout": lambda rc, ar: ar.get(300),
     "result": lambda rc, ar: ar.result(),
-    "iteration": lambda rc, ar: list(rc.load_balanced_view().map_async(tasks.hold, ["/never"] * 3)),
-    "unordered iteration": lambda rc, ar: list(rc.load_balanced_view().map_async(tasks.hold, ["/never"] * 3, ordered=False)),
-    "imap": lambda rc, ar: list(rc.load_balanced_view().imap(tasks.hold, ["/never"] * 3)),
+    "iteration": lambda rc, ar: list(rc.load_balanced_view().map_async(tasks.hold, NEVER)),
+    "unordered iteration": lambda rc, ar: list(rc.load_balanced_view().map_async(tasks.hold, NEVER, ordered=False)),
+    "imap": lambda rc, ar: list(rc.load_balanced_view().imap(tasks.hold, NEVER)),
     "as_completed": lambda rc, ar: [each.result() for each in concurrent.futures.as_completed([ar])],
     "wait": lambda rc, ar: [each.result() for each in concurrent.futures.wait([ar]).done],
     "await": lambda rc, ar: asyncio.run(awaited(ar)),
@@ -442,8 +443,8 @@ def test_callbacks_run_when_the_controller_is_killed(start):
 def run_script(path, code, *args):
     path.write_text("import os, signal, sys, time\nimport ipclite as ipp\n" + code)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, str(path), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=env, start_new_session=True)
+    return subprocess.Popen([sys.executable, str(path), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=env, start_new_session=True)
 
 
 OWNER = """
@@ -456,7 +457,7 @@ if sys.argv[1] == "busy":
             except BaseException:
                 pass
     ars = [view.apply_async(sleep) for view in rc]
-    time.sleep(0) or rc.queue_status()
+    rc.queue_status()
 print("ready", flush=True)
 signal.pause()
 """

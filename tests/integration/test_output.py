@@ -131,7 +131,8 @@ def test_several_threads_print(balanced):
 
     ar = balanced.apply_async(f)
     ar.get(60)
-    assert sorted(ar.stdout.split()) == sorted(str(k) for k in range(4) for _ in range(2000))
+    # The line ends are writes of their own, so lines may mix as they do on a terminal; nothing may be missing.
+    assert sorted(ar.stdout) == sorted("0123\n\n\n\n" * 2000)
 
 
 def test_map_and_execute(rc, balanced):

@@ -391,3 +391,204 @@ def test_wrong_types_in_an_exit(unharmed):
             engine.send(wire.encode_json(wire.BYE, {}))
     agent.close()
     assert unharmed.command.running(), unharmed.command.err
+
+
+# --- a controller that is not what it seems
+
+
+class Impostor:
+    """Listens where a client's connection file says, welcomes it, and then says what a test has it say."""
+
+    def __init__(self, folder, welcome=None):
+        self.context = zmq.Context()
+        self.sock = self.context.socket(zmq.ROUTER)
+        self.path = f"{folder}/s"
+        self.sock.bind(f"ipc://{self.path}")
+        self.welcome = welcome or {"run_id": "x", "cluster_id": "", "version": "9", "ping_s": 2, "silence_s": 6, "max_task_bytes": 1 << 30,
+                                   "pid": 1, "host": "h", "engines": [{"id": 0, "uuid": "u", "host": "h", "pid": 1, "agent": "a"}]}
+        self.info = {"program": "ipclite", "role": "client", "url": "", "ipc": self.path, "ssh": "", "location": "h", "public_key": "p",
+                     "secret_key": "s", "server_key": "", "cluster_id": "", "run_id": "x", "protocol": wire.VERSION, "version": "9",
+                     "pid": os.getpid(), "host": socket.gethostname(), "reuse": False}
+        self.route = b""
+
+    def greet(self, message=None):
+        """Answer one hello, in a thread of its own."""
+        def answer():
+            self.route = self.sock.recv_multipart()[0]
+            self.say(message or wire.encode_json(wire.WELCOME, self.welcome))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        return thread
+
+    def say(self, frames):
+        self.sock.send_multipart([self.route, *map(bytes, frames)])
+
+    def close(self):
+        self.sock.close(0)
+        self.context.term()
+        Path(self.path).unlink()
+
+
+@pytest.fixture
+def impostor(ipython_dir):
+    found = Impostor(ipython_dir)
+    yield found
+    found.close()
+
+
+WELCOME_RUBBISH = [[wire.WELCOME], [wire.WELCOME, b"{}"], [wire.WELCOME, b"[]"], [wire.WELCOME, b"\xff"], [b"HTTP/1.1 200 OK"], [wire.PING],
+                   [wire.REFUSED, b"{}"], [wire.REFUSED, b"x"], [b""], [wire.WELCOME, b'{"max_task_bytes":"x","silence_s":[],"engines":5}'],
+                   [wire.WELCOME, b'{"max_task_bytes":1,"silence_s":6,"cluster_id":"","engines":[5]}'],
+                   [wire.WELCOME, b'{"max_task_bytes":1,"silence_s":6,"cluster_id":"","engines":[{"id":"x"}]}']]
+
+
+@pytest.mark.parametrize("rubbish", WELCOME_RUBBISH)
+def test_a_client_reports_a_welcome_that_is_none(impostor, rubbish):
+    thread = impostor.greet(rubbish)
+    with pytest.raises(ipp.ConnectError) as caught:
+        ipp.Client(impostor.info, timeout=5)
+    thread.join()
+    assert "controller" in str(caught.value) or "does not speak this protocol" in str(caught.value)
+
+
+def rubbish_for_clients(session):
+    good = wire.encode_results(session, 0, [wire.Result(1, 1.0, 0.1, 1, wire.OK, b"x")])
+    for frames in ([wire.RESULTS], [wire.RESULTS, b""], [wire.RESULTS, b"x" * 40, b""], [wire.RESULTS, bytes(good[0])[:-1], *good[1:]],
+                   [wire.OUTPUT], wire.encode_output(session, 0, 5), wire.encode_output(session, 0, [5]),
+                   wire.encode_output(session, 0, [[1, "stdout"]]), wire.encode_output(session, 0, [[[], "stdout", "x"]]),
+                   wire.encode_output(session, 0, [[1, "nowhere", "x"]]), wire.encode_output(session, 0, [[1, "stdout", 5]]),
+                   [wire.ENGINES], [wire.ENGINES, b"[]"], [wire.ENGINES, b'{"joined":5}'], [wire.ENGINES, b'{"joined":[5]}'],
+                   [wire.ENGINES, b'{"joined":[{"id":{}}]}'], [wire.ENGINES, b'{"left":["x"]}'], [wire.ENGINES, b'{"left":5}'],
+                   [wire.REPLY], [wire.REPLY, b'{"id":[]}'], [wire.BYE], [wire.BYE, b"{"], [wire.REFUSED],
+                   [wire.BYE, b"[" * 5000], [wire.REPLY, b"[" * DEEP]):
+        yield frames
+
+
+def test_a_client_reports_rubbish_and_does_not_hang(ipython_dir):
+    for i in range(len(list(rubbish_for_clients(bytes(8))))):
+        impostor = Impostor(ipython_dir)
+        try:
+            thread = impostor.greet()
+            rc = ipp.Client(impostor.info, timeout=5)
+            thread.join()
+            task = rc[0].apply_async(abs, -1)
+            message = list(rubbish_for_clients(rc.session))[i]
+            impostor.say(message)
+            with pytest.raises(ipp.ControllerLost) as caught:
+                task.get(5)
+            assert "malformed" in str(caught.value) or message[0] in (wire.BYE, wire.REFUSED), (message, caught.value)
+            rc.close()
+        finally:
+            impostor.close()
+
+
+def test_a_result_that_is_garbage_fails_its_task_alone(impostor):
+    thread = impostor.greet()
+    rc = ipp.Client(impostor.info, timeout=5)
+    thread.join()
+    tasks = [rc[0].apply_async(abs, -i) for i in range(6)]
+    payloads = [b"", b"\x80garbage", [b"a", b"b"], b"\x00" * 9, b"cos\nsystem\n", b"\xff\xff\xff\xff"]
+    for i, (payload, status) in enumerate(zip(payloads, (wire.OK, wire.OK, wire.OK, wire.ERROR, wire.ERROR, wire.ERROR))):
+        impostor.say([wire.RESULTS, *wire.encode_results(rc.session, 0, [wire.Result(i + 1, 1.0, 0.1, 1, status, payload)])])
+    for task in tasks:
+        with pytest.raises(ipp.IPythonError):
+            task.get(5)
+    rc.close()
+
+
+# --- files and processes
+
+
+def mode(path):
+    return stat.S_IMODE(os.lstat(path).st_mode)
+
+
+def test_file_modes(ipython_dir):
+    old = os.umask(0)
+    try:
+        with ipp.Cluster(n=1, cluster_id="m") as rc:
+            folder = security(ipython_dir)
+            assert mode(folder) == 0o700
+            for role in ("client", "engine"):
+                assert mode(folder / f"ipcontroller-m-{role}.json") == 0o600
+            runtime = ipython_dir.parent / "run"
+            assert mode(runtime) == 0o700
+            sockets = Path(connection(ipython_dir, cluster_id="m")["ipc"])
+            assert mode(sockets.parent) == 0o700 and stat.S_ISSOCK(sockets.lstat().st_mode)
+            assert rc[:].apply_sync(abs, -1) == [1]
+            logs = list((ipython_dir / "profile_default" / "log").iterdir())
+            assert logs and not [p for p in logs if mode(p) & 0o022], "nobody else writes our logs"
+    finally:
+        os.umask(old)
+
+
+def test_secrets_are_in_the_connection_files_only(ipython_dir):
+    with Command("cluster", "start", "-n", "2", "--debug", "--ip=127.0.0.1") as cluster:
+        cluster.says("engines are ready")
+        secrets = {connection(ipython_dir, role)["secret_key"] for role in ("client", "engine")}
+        secrets |= {net.token(secret) for secret in secrets}
+        assert len(secrets) == 4
+        family = [psutil.Process(cluster.pid), *psutil.Process(cluster.pid).children(recursive=True)]
+        assert len(family) == 5
+        for process in family:
+            for name in ("cmdline", "environ"):
+                text = Path(f"/proc/{process.pid}/{name}").read_bytes().decode(errors="replace")
+                assert not [s for s in secrets if s in text], (process, name)
+        connections = {security(ipython_dir) / f"ipcontroller-{role}.json" for role in ("client", "engine")}
+        others = [p for p in ipython_dir.rglob("*") if p.is_file() and p not in connections]
+        assert {p.name for p in others} >= {"cluster-.json"} and len(others) >= 5
+        for path in others:
+            assert not [s for s in secrets if s in path.read_text(errors="replace")], path
+        assert not [s for s in secrets if s in cluster.out + cluster.err]
+
+
+def test_a_local_cluster_opens_no_port(ipython_dir):
+    with ipp.Cluster(n=2) as rc:
+        assert rc[:].apply_sync(abs, -1) == [1, 1]
+        for process in psutil.Process().children(recursive=True):
+            assert process.net_connections("inet") == [], process
+        assert connection(ipython_dir, cluster_id=rc.cluster_id)["url"] == ""
+
+
+def test_another_user_does_not_reach_the_sockets(ipython_dir):
+    if os.getuid() != 0:
+        pytest.skip("only root can play somebody else")
+    ipython_dir.parent.chmod(0o755)
+    with ipp.Cluster(n=1) as rc:
+        paths = [connection(ipython_dir, role, rc.cluster_id)["ipc"] for role in ("client", "engine")]
+        files = [str(p) for p in security(ipython_dir).glob("*.json")]
+        outsider = ("import json, os, socket, sys\nos.setgid(65534); os.setuid(65534)\nfor path in json.loads(sys.argv[1]):\n"
+                    "    s = socket.socket(socket.AF_UNIX)\n    try: s.connect(path); print('reached', path)\n    except PermissionError: print('no')\n"
+                    "for path in json.loads(sys.argv[2]):\n    try: open(path); print('read', path)\n    except PermissionError: print('no')\n")
+        command = run(code=["-c", outsider, json.dumps(paths), json.dumps(files)])
+        assert command.out.split() == ["no"] * (len(paths) + len(files)) and len(files) == 3, command.out + command.err
+        assert rc[:].apply_sync(abs, -1) == [1]
+
+
+WITHOUT_CURVE = ("import sys, zmq; real = zmq.has; zmq.has = lambda what: what != 'curve' and real(what); "
+                 "from ipclite.controller import main; sys.exit(main(sys.argv[1:]))")
+
+
+@pytest.mark.parametrize("ip", ["*", "0.0.0.0", "::", socket.gethostname()])
+def test_without_encryption_the_controller_stays_on_this_host(ipython_dir, ip):
+    command = run(code=["-c", WITHOUT_CURVE, f"--ip={ip}"])
+    one_sentence(command, 2, "no CURVE encryption", "--ip=127.0.0.1 with ssh tunnels")
+    assert list(security(ipython_dir).iterdir()) == []
+
+
+def test_without_encryption_loopback_still_asks_for_the_token(ipython_dir):
+    with Command(code=["-c", WITHOUT_CURVE, *TCP]) as command:
+        command.says("controller started")
+        info = connection(ipython_dir)
+        assert info["server_key"] == ""
+        with Raw(info["url"]) as raw:
+            assert raw.hello(info, token="0" * 32)[0] == wire.REFUSED
+        with Raw(info["url"]) as raw:
+            assert raw.hello(info)[0] == wire.WELCOME
+
+
+def test_a_controller_that_fails_leaves_no_file(ipython_dir):
+    one_sentence(run("controller", "--ip=203.0.113.7"), 2, "203.0.113.7", "--ip")
+    assert list(security(ipython_dir).iterdir()) == []
+    assert list((ipython_dir.parent / "run").iterdir()) == []

@@ -81,9 +81,8 @@ def test_a_vendored_copy(tmp_path, ipython_dir, without_site, package, name):
     script = project / "script.py"
     script.write_text(SCRIPT.format(package=package, name=name))
     env = {**plain_environment(), "PYTHONPATH": str(without_site), "PYTHONNOUSERSITE": "1"}
-    probe = subprocess.run([sys.executable, "-S", "-c", "import zmq, cloudpickle\ntry:\n    import ipclite\nexcept ImportError: pass\n"
-                            "else: raise SystemExit('the original is on the path')"], env=env, cwd=tmp_path)
-    assert probe.returncode == 0
+    probe = "import importlib.util, zmq, cloudpickle; raise SystemExit(importlib.util.find_spec('ipclite') is not None)"
+    assert subprocess.run([sys.executable, "-S", "-c", probe], env=env, cwd=tmp_path).returncode == 0
     done = subprocess.run([sys.executable, "-S", str(script)], env=env, cwd=tmp_path, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
