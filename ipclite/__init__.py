@@ -17,14 +17,21 @@ __version__ = "0.1.0"
 
 _HOME = {
     "client": ("Client",),
+    "history": ("AsyncHubResult",),
     "cluster": ("Cluster", "ClusterManager"),
-    "views": ("DirectView", "LoadBalancedView", "View"),
-    "results": ("AsyncMapResult", "AsyncResult", "ExecuteReply"),
+    "views": ("BroadcastView", "DirectView", "LoadBalancedView", "View"),
+    "functions": ("Dependency", "ParallelFunction", "PrePickled", "Reference", "RemoteFunction", "depend", "dependent",
+                  "interactive", "parallel", "publish_data", "remote", "require"),
+    "maps": ("LazyMapIterator",),
+    "results": ("ALL_COMPLETED", "AsyncMapResult", "AsyncResult", "FIRST_COMPLETED", "FIRST_EXCEPTION"),
+    "display": ("ExecuteReply",),
+    "executor": ("ViewExecutor",),
+    "integrations": ("register_joblib_backend",),
     "errors": (
         "AlreadyDisplayedError", "AlreadyRunning", "AlreadyStopped", "CompositeError", "ConfigError", "ConnectError",
         "ConnectionFileError", "ControllerLost", "DependencyTimeout", "EngineError", "IPythonError",
         "ImpossibleDependency", "InvalidDependency", "KernelError", "LauncherError", "NoCluster",
-        "NoEnginesRegistered", "PackError", "ProtocolError", "RemoteError", "TaskAborted", "TaskRejectError",
+        "NoEnginesRegistered", "NoRecord", "PackError", "ProtocolError", "RecordExpired", "RemoteError", "TaskAborted", "TaskRejectError",
         "TaskTimeout", "TimeoutError", "UnmetDependency", "UnpackError", "UserError",
     ),
 }

@@ -16,15 +16,25 @@ import socket
 import sys
 import threading
 import time
+import warnings
 import weakref
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Optional, Sequence, Union
 
 from . import config, net, pack, wire
 from .connection import Connection
-from .errors import ConnectError, ConnectionFileError, ControllerLost, EngineError
-from .results import AsyncResult, progress
-from .views import DirectView, LoadBalancedView
+from .errors import ConnectError, ConnectionFileError, ControllerLost, EngineError, NoRecord, ProtocolError, RecordExpired, TunnelError
+from .display import ROWS_MAX, progress, table
+from .executor import ViewExecutor
+from .history import AsyncHubResult, History, Kept, about, kept, outcome_of, purge
+from .results import AsyncResult
+from .views import BroadcastView, DirectView, LoadBalancedView
+
+DEPARTED_KEPT = 1000  # engines that have left whose names are known
+ON_ITS_WAY_S = 0.1
+LONG_QUERY_S = 60.0  # for what may have much to look through
+_ERRORS = {"NoRecord": NoRecord, "RecordExpired": RecordExpired, "RuntimeError": RuntimeError}  # what a reply may raise
 
 _clients: "weakref.WeakSet[Client]" = weakref.WeakSet()
 
@@ -37,34 +47,48 @@ class Client:
             profile and cluster id.
         profile, profile_dir, ipython_dir: where the profile is; by default `default` below $IPYTHONDIR or ~/.ipython.
         cluster_id: which cluster of the profile.
+        sshserver: reach the controller through this ssh server, "[user@]host[:port]" or a name in ~/.ssh/config; by default
+            what the connection file says.
+        sshkey: path of the private key to try first.
+        password: for the ssh server, or of the key; otherwise it is asked for on a terminal.
         timeout: s to wait for the connection file and the controller.
         cluster: the `Cluster` that made this client, if one did.
 
     Raises:
         ConnectionFileError: there is no usable connection file.
         ConnectError: the controller can't be reached; says which step failed.
+        TunnelError: there is no ssh tunnel to it; says which step failed.
     """
 
     def __init__(self, connection_info: Union[str, "os.PathLike[str]", dict[str, Any], None] = None, *, profile: Optional[str] = None,
                  profile_dir: Optional[str] = None, ipython_dir: Optional[str] = None, cluster_id: Optional[str] = None,
-                 timeout: float = 10.0, cluster: Any = None):
+                 sshserver: Optional[str] = None, sshkey: Optional[str] = None, password: Optional[str] = None,
+                 timeout: float = 10.0, cluster: Any = None, **old: Any):
+        if old:
+            connection_info = _old_arguments(old, connection_info)
         self.block = False
         self.cluster = cluster
         self.session = os.urandom(wire.SESSION_SIZE)
         self._engines: dict[int, dict[str, Any]] = {}
         self._uuids: dict[int, str] = {}
+        self._history_from = 1
         self._condition = threading.Condition()
         self._numbers = itertools.count(1)
         self._replies: dict[int, Any] = {}  # of queries: None until they come
         self._closed = False
+        self._dask: Any = None
+        self._sshserver = sshserver or ""
+        self._tunnel: Any = None
+        self._make_tunnel = lambda: _tunnel(f"{os.getpid()}-{self.session.hex()}", sshkey, password)
         context = net.Context()
         try:
             link, welcome = self._connect(context, connection_info, profile, profile_dir, ipython_dir, cluster_id, timeout)
         except BaseException:
             context.term()
+            self._close_tunnel()
             raise
         self.cluster_id: str = welcome["cluster_id"]
-        self._on_engines({"joined": welcome["engines"]})
+        self._on_engines({"joined": welcome.get("engines", ())})
         self._path = _import_path()
         on_message, on_lost = weakref.WeakMethod(self._on_message), weakref.WeakMethod(self._on_lost)
         self._connection = Connection(context, link, welcome, self.session, lambda frames: _call(on_message, frames),
@@ -78,17 +102,19 @@ class Client:
                  "host": socket.gethostname(), "python": sys.version.split()[0]}
         if isinstance(given, dict):
             info = config.check_connection(given, "the connection information", "client", wire.VERSION)
-            return net.greet(context, info, hello, timeout_s)
+            return self._greet(context, info, hello, timeout_s)
         path = Path(given) if given is not None else config.connection_file(
             config.find_profile_dir(profile, profile_dir, ipython_dir), cluster_id or "", "client")
         while True:
             try:
                 info = config.read_connection(path, "client", wire.VERSION)
-                dead = config.dead_run(info)
+                dead = "" if self._sshserver else config.dead_run(info)
                 if dead:
                     raise ConnectionFileError(f"{path} is of a run that has ended ({dead}); start a cluster with "
                                               "'ipcluster start -n 4'")
-                return net.greet(context, info, hello, max(0.1, deadline - time.monotonic()))
+                return self._greet(context, info, hello, max(0.1, deadline - time.monotonic()))
+            except TunnelError:  # the next try would ask for the password again, or be counted as an attack
+                raise
             except (ConnectionFileError, ConnectError):
                 # A file may be about to appear or to be replaced by a new run's; what is wrong with it then counts.
                 if given is not None and not path.exists() and time.monotonic() > deadline - timeout_s + 1.0:
@@ -97,12 +123,27 @@ class Client:
                     raise
                 time.sleep(0.05)
 
+    def _greet(self, context: Any, info: dict[str, Any], hello: dict[str, Any], timeout_s: float) -> tuple[net.Link, dict[str, Any]]:
+        if self._sshserver:
+            info = {**info, "ssh": self._sshserver, "ipc": ""}
+        if net.needs_tunnel(info) and self._tunnel is None:
+            self._tunnel = self._make_tunnel()
+        return net.greet(context, info, hello, timeout_s, self._tunnel)
+
+    def _close_tunnel(self) -> None:
+        if self._tunnel is not None:
+            self._tunnel.close()
+
     # --- engines
 
     @property
     def ids(self) -> list[int]:
         """The ids of the engines that are there now."""
         return sorted(self._engines)
+
+    def engine_info(self) -> dict[int, dict[str, Any]]:
+        """{engine id: its "uuid", "host" and "pid"} of the engines that are there now."""
+        return {id: dict(info) for id, info in self._engines.items()}
 
     def __len__(self) -> int:
         return len(self._engines)
@@ -120,6 +161,14 @@ class Client:
         lost = self._connection.lost
         state = "closed" if self._closed else f"lost: {lost}" if lost else f"{len(self)} engines"
         return f"<Client({self.cluster_id!r}): {state}>"
+
+    def _repr_html_(self) -> str:
+        return self._engines_table(repr(self), self.ids)
+
+    def _engines_table(self, title: str, ids: Sequence[int]) -> str:
+        engines = [self._engines.get(i, {}) for i in ids[:ROWS_MAX]]
+        rows = [(i, engine.get("host", ""), engine.get("pid", "")) for i, engine in zip(ids, engines)]
+        return table(title.strip("<>"), ("engine", "host", "pid"), rows, len(ids))
 
     def _targets(self, targets: Any) -> tuple[list[int], bool]:
         """Engine ids for a `targets` argument, and whether it names a single engine."""
@@ -140,16 +189,26 @@ class Client:
             return [targets], True
         if isinstance(targets, slice):
             return ids[targets], False
-        chosen = [self._targets(t)[0][0] for t in targets]
-        return chosen, False
+        chosen = list(targets)
+        for target in chosen:
+            if not isinstance(target, int):
+                raise TypeError(f"a list of targets holds engine ids, not {target!r}")
+        return [self._targets(t)[0][0] for t in chosen], False
 
     def direct_view(self, targets: Any = "all", **flags: Any) -> DirectView:
         """A view that addresses each of the engines `targets`: 'all' (whichever are there at each call), an id, a list of
         ids or a slice of `ids`. `flags` are set on the view."""
-        if targets not in ("all", None) if isinstance(targets, (str, type(None))) else True:
-            chosen, single = self._targets(targets)
-            targets = chosen[0] if single else chosen
-        return DirectView(self, targets if targets is not None else "all", **flags)
+        return DirectView(self, self._frozen(targets), **flags)
+
+    def broadcast_view(self, targets: Any = "all", is_coalescing: bool = False, **flags: Any) -> BroadcastView:
+        """A DirectView whose calls are one message each, and with `is_coalescing` have one message for an answer."""
+        return BroadcastView(self, self._frozen(targets), is_coalescing=is_coalescing, **flags)
+
+    def _frozen(self, targets: Any) -> Any:
+        if targets is None or (isinstance(targets, str) and targets == "all"):
+            return "all"
+        chosen, single = self._targets(targets)
+        return chosen[0] if single else chosen
 
     def load_balanced_view(self, targets: Any = None, **flags: Any) -> LoadBalancedView:
         """A view that gives each task to the engine with the least to do, of `targets` or of all."""
@@ -157,19 +216,28 @@ class Client:
             targets = self._targets(targets)[0]
         return LoadBalancedView(self, None if targets == "all" else targets, **flags)
 
-    def wait_for_engines(self, n: Optional[int] = None, *, timeout: Optional[float] = None, interactive: Optional[bool] = None) -> None:
+    def executor(self, targets: Any = None) -> ViewExecutor:
+        """A standard `concurrent.futures.Executor` whose calls go to the engine with the least to do, of `targets` or all."""
+        return ViewExecutor(self.load_balanced_view(targets))
+
+    def wait_for_engines(self, n: Optional[int] = None, *, timeout: Optional[float] = None, block: bool = True,
+                         interactive: Optional[bool] = None, widget: Optional[bool] = None) -> Any:
         """Wait until at least n engines are there.
 
         Args:
             n: how many; by default as many as the cluster that made this client starts, or 1.
             timeout: s to wait at most; None or negative: for ever.
+            block: False: return a Future at once.
             interactive: show the progress on stderr; by default on a terminal that has waited for a second.
+            widget: whether tqdm's bar is a notebook widget; None: in notebooks.
 
         Raises:
             TimeoutError: they did not all come in time.
             EngineError: the engines ended meanwhile, so that they never will.
             ControllerLost: the controller ended.
         """
+        if not block:
+            return _in_thread(lambda: self.wait_for_engines(n, timeout=timeout, interactive=interactive or False, widget=widget))
         n = n if n is not None else getattr(self.cluster, "n", None) or 1
         started = time.monotonic()
         show: Any = None
@@ -188,7 +256,7 @@ class Client:
                 if trouble:
                     raise EngineError(f"the engines ended before all {n} were ready: {trouble}")
                 if interactive or (interactive is None and waited > 1.0 and sys.stderr.isatty()):
-                    show = show or progress(n, "engines", sys.stderr)
+                    show = show or progress(n, "engines", sys.stderr, widget)
                     show(len(self._engines))
         finally:
             if show:
@@ -206,11 +274,14 @@ class Client:
     def _on_message(self, frames: list[Any]) -> None:
         kind = frames[0]
         if kind == wire.ENGINES:
-            self._on_engines(wire.decode_dict(frames))
+            try:
+                self._on_engines(wire.decode_dict(frames))
+            except (KeyError, TypeError, ValueError) as e:
+                raise ProtocolError(f"engines that are none: {type(e).__name__}: {e}") from None
         elif kind == wire.REPLY:
-            body = wire.decode_dict(frames)
+            body = wire.decode_query(frames)
             with self._condition:
-                if body.get("id") in self._replies:
+                if type(body.get("id")) is int and body["id"] in self._replies:
                     self._replies[body["id"]] = body
                     self._condition.notify_all()
 
@@ -223,6 +294,9 @@ class Client:
             for id in news.get("left", ()):
                 engines.pop(int(id), None)
             self._engines = engines
+            if len(self._uuids) > len(engines) + DEPARTED_KEPT:
+                for id in [i for i in self._uuids if i not in engines][: DEPARTED_KEPT // 2]:
+                    del self._uuids[id]
             self._condition.notify_all()
 
     def _on_lost(self) -> None:
@@ -242,7 +316,7 @@ class Client:
         number = next(self._numbers)
         self._replies[number] = None
         try:
-            self._connection.post(wire.encode_json(wire.QUERY, {"id": number, "what": what, **arguments}))
+            self._connection.post(wire.encode_query(wire.QUERY, {"id": number, "what": what, **arguments}))
             if not self._connection.wait(lambda: self._replies[number] or self._connection.lost, self, timeout):
                 raise TimeoutError(f"the controller did not answer {what!r} in {timeout:g} s")
             reply = self._replies[number]
@@ -251,13 +325,17 @@ class Client:
         if reply is None:
             raise self._connection.lost or ControllerLost("the connection was closed")
         if "error" in reply:
-            raise ValueError(reply["error"])
+            raise _ERRORS.get(reply.get("ename"), ValueError)(reply["error"])
         return reply.get("value")
 
-    def queue_status(self, targets: Any = "all") -> dict[Any, Any]:
+    def queue_status(self, targets: Any = "all", verbose: bool = False) -> dict[Any, Any]:
         """What each engine has to do: {engine id: {"queue": waiting for it alone, "tasks": sent to it, "completed": done},
-        "unassigned": tasks that wait for any engine}."""
-        status: dict[str, Any] = self._query("queue_status", targets=self._targets(targets)[0])
+        "unassigned": tasks that wait for any engine}.
+
+        Args:
+            verbose: lists of task ids instead of numbers; of the completed ones those that are on record.
+        """
+        status: dict[str, Any] = self._query("queue_status", targets=self._targets(targets)[0], verbose=verbose)
         return {int(k) if k.isdigit() else k: v for k, v in status.items()}
 
     def send_signal(self, sig: Union[int, str], targets: Any = "all", block: Optional[bool] = None) -> None:
@@ -298,7 +376,7 @@ class Client:
         """Take back tasks that have not started, wherever they wait; they fail with `TaskAborted`.
 
         Args:
-            jobs: AsyncResults, message ids or a list of these; None: all of this client's.
+            jobs: AsyncResults, message ids or a list of these; None: all of this client's. Other clients' tasks are left alone.
             interrupt: also interrupt those that run: they get SIGINT (KeyboardInterrupt), and if they do not end within
                 2 s their engine is killed and replaced by a new one with the same id and an empty namespace.
         """
@@ -307,13 +385,15 @@ class Client:
         if jobs is not None:
             numbers = []
             for job in jobs if isinstance(jobs, (list, tuple, set)) else [jobs]:
-                mine = range(job._first, job._first + job._count) if isinstance(job, AsyncResult) else [wire.task_key(job)[1]]
-                numbers += [n for n in mine if n in pending]
+                for msg_id in job.msg_ids if isinstance(job, AsyncResult) else [job]:
+                    session, number = wire.task_key(msg_id)
+                    if session == self.session and number in pending:
+                        numbers.append(number)
         if numbers and self._connection.lost is None:
             self._connection.post(wire.encode_ids(wire.ABORT, self.session, [(n, int(interrupt)) for n in numbers]))
 
     def wait(self, jobs: Any = None, timeout: Optional[float] = None) -> bool:
-        """Wait for AsyncResults (None: everything that this client has submitted).
+        """Wait for AsyncResults, task ids or places in the history (None: everything that this client has submitted).
 
         Args:
             timeout: s to wait at most; None or negative: for ever.
@@ -321,16 +401,261 @@ class Client:
         Returns:
             Whether all have ended.
         """
-        if jobs is None:
-            jobs = list({id(ar): ar for ar, _ in self._connection.unfinished.values()}.values())
         deadline = None if timeout is None or timeout < 0 else time.monotonic() + timeout
-        return all([ar.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
-                    for ar in (jobs if isinstance(jobs, (list, tuple, set)) else [jobs])])
+        futures = self._futures(jobs)
+        return all([ar.wait(None if deadline is None else max(0.0, deadline - time.monotonic())) for ar in futures])
+
+    def _futures(self, jobs: Any) -> list[AsyncResult]:
+        if jobs is None:
+            return list({id(ar): ar for ar, _ in self._connection.unfinished.values()}.values())
+        return [job if isinstance(job, AsyncResult) else self.get_result(job, block=False)
+                for job in (jobs if isinstance(jobs, (list, tuple, set)) else [jobs])]
+
+    def wait_interactive(self, jobs: Any = None, interval: float = 1.0, timeout: Optional[float] = None) -> bool:
+        """`wait`, and show the progress on stderr; see `AsyncResult.wait_interactive`."""
+        futures = self._futures(jobs)
+        return AsyncResult.join(*futures).wait_interactive(interval, timeout) if futures else True
 
     @property
     def outstanding(self) -> set[str]:
         """The ids of the tasks that have not ended."""
         return {wire.msg_id((self.session, seq)) for seq in self._connection.unfinished}
+
+    # --- tasks of the past, and of others
+
+    @property
+    def history(self) -> History:
+        """The ids of all tasks that this client has submitted, in that order; a sequence that takes no room."""
+        return History(self.session, self._history_from, self._connection.next_number)
+
+    @property
+    def results(self) -> Kept:
+        """{task id: value} of this client's tasks that have ended and whose AsyncResults are still alive: a client itself keeps
+        no results. Others are had by `get_result`, while they are on record."""
+        return Kept(self, lambda ar, i: ar._value(i))
+
+    @property
+    def metadata(self) -> Kept:
+        """{task id: metadata}, for the same tasks as `results`."""
+        return Kept(self, lambda ar, i: ar._metadata_of(i))
+
+    def _msg_ids(self, jobs: Any) -> list[str]:
+        """The task ids that AsyncResults, ids, places in the history, or lists of these, stand for."""
+        if isinstance(jobs, AsyncResult):
+            return jobs.msg_ids
+        if isinstance(jobs, str):
+            return [wire.msg_id(wire.task_key(jobs))]
+        if isinstance(jobs, int) and not isinstance(jobs, bool):
+            return [self.history[jobs]]
+        if isinstance(jobs, slice):
+            return self.history[jobs]  # type: ignore[no-any-return]
+        if isinstance(jobs, (list, tuple, set, frozenset, range, History)):
+            return [msg_id for job in jobs for msg_id in self._msg_ids(job)]
+        raise TypeError(f"tasks are named by ids, places in the history, AsyncResults or lists of these, not by {jobs!r}")
+
+    def get_result(self, ids: Any = None, block: Optional[bool] = None, owner: bool = True) -> AsyncResult:
+        """The results of tasks by their ids, also of other clients' tasks, ended or not.
+
+        Args:
+            ids: a task id, a place in the history, an AsyncResult, or a list of these; None: the last task.
+            block: wait until they have ended; by default as `Client.block` says.
+            owner: while the tasks run, give the AsyncResult of the call that submitted them, if that was here and they are all of it.
+
+        Raises:
+            NoRecord: there never was such a task.
+            RecordExpired: it ended, and the controller has dropped its record.
+        """
+        keys = [wire.task_key(m) for m in self._msg_ids(-1 if ids is None else ids)]
+        ar: Optional[AsyncResult] = self._connection.future_of(keys) if owner else None
+        if ar is None:
+            single = ids._single if isinstance(ids, AsyncResult) else ids is None or isinstance(ids, (str, int))
+            ar = self._hub_result(keys, single)
+        if self.block if block is None else block:
+            ar.wait()
+        return ar
+
+    def _hub_result(self, keys: list[wire.TaskKey], single: bool) -> AsyncHubResult:
+        """A new future over tasks: the controller is asked for their results, or what is left of them here is used."""
+        try:
+            try:
+                tasks = self._ask("tasks", keys)
+            except RecordExpired:
+                raise
+            except NoRecord:  # another client's task may be on its way to the controller yet
+                self._connection.wait(lambda: self._connection.lost, self, ON_ITS_WAY_S)
+                tasks = self._ask("tasks", keys)
+            ar = AsyncHubResult(self, keys, tasks, single)
+            self._connection.ask(ar, [(key, i) for i, key in enumerate(keys)])
+            try:
+                self._ask("fetch", keys)
+            except BaseException:
+                self._connection.unask(ar)
+                raise
+        except (ControllerLost, NoRecord):
+            here = kept(self) if all(session == self.session for session, _ in keys) else {}
+            places = [here.get(number) for _, number in keys]
+            outcomes = [place and outcome_of(*place) for place in places]
+            if None in outcomes:
+                raise
+            ar = AsyncHubResult(self, keys, [about(*place) for place in places if place is not None], single)
+            for i, outcome in enumerate(outcomes):
+                ar._arrive(i, outcome)  # type: ignore[arg-type]
+        if not keys:
+            ar._finish()
+        return ar
+
+    def _ask(self, what: str, keys: list[wire.TaskKey]) -> Any:
+        return self._query(what, LONG_QUERY_S, ids=[wire.msg_id(key) for key in keys]) if keys else []
+
+    def result_status(self, msg_ids: Any, status_only: bool = True) -> dict[str, Any]:
+        """Which tasks have ended: {"pending": [ids], "completed": [ids]}.
+
+        Args:
+            msg_ids: as in `get_result`.
+            status_only: False: also {id: value} of those that have ended, with exceptions in place of the values of failed ones.
+        """
+        wanted = self._msg_ids(msg_ids)
+        told = self._ask("tasks", [wire.task_key(m) for m in wanted])
+        ended = [m for m, task in zip(wanted, told) if task["done"]]
+        status: dict[str, Any] = {"pending": [m for m, task in zip(wanted, told) if not task["done"]], "completed": ended}
+        if ended and not status_only:
+            values = self.get_result(ended, block=False, owner=False).get(return_exceptions=True)
+            status.update(zip(ended, values))
+        return status
+
+    def hub_history(self) -> list[str]:
+        """The ids of all tasks on record, of all clients, in the order of submission."""
+        return self._query("history", LONG_QUERY_S)  # type: ignore[no-any-return]
+
+    def db_query(self, query: dict[str, Any], keys: Optional[Iterable[str]] = None) -> list[dict[str, Any]]:
+        """The records of tasks that meet a query.
+
+        Args:
+            query: {key: value or {operator: operand}}, where all must hold; operators are $eq $ne $in $nin $lt $lte (or $le) $gt
+                $gte $glob $all $mod $exists. None is "not set"; dates are datetimes or ISO text.
+            keys: of the records to return; `msg_id` always is. None: all but `buffers`, `result_buffers` and `function`.
+
+        Raises:
+            ValueError: an unknown key or operator, or an operand of the wrong kind.
+
+        Example:
+            >>> rc.load_balanced_view().apply_async(abs, -1).get()
+            1
+            >>> rc.db_query({"completed": None, "op": {"$in": ["apply", "map"]}}, keys=["submitted"])
+            []
+        """
+        wanted = keys if keys is None or isinstance(keys, str) else list(keys)
+        return self._query("db_query", LONG_QUERY_S, query=query, keys=wanted)  # type: ignore[no-any-return]
+
+    def resubmit(self, ids: Any = None, metadata: Optional[dict[str, Any]] = None, block: Optional[bool] = None) -> AsyncHubResult:
+        """Run tasks again that have ended, whoever submitted them, under new ids and without waiting for what they depended on.
+
+        They go to the engines they were meant for, or to any if these are gone.
+
+        Args:
+            ids: as in `get_result`; None: the last task.
+            metadata: {"label": text} labels the new tasks.
+            block: wait until they have ended; by default as `Client.block` says.
+
+        Raises:
+            RuntimeError: a task has not ended.
+            NoRecord, RecordExpired: the controller has no record of it (any more).
+        """
+        label = dict(metadata or {}).pop("label", None)
+        if set(metadata or {}) - {"label"} or not isinstance(label, (str, type(None))):
+            raise ValueError(f"metadata of resubmitted tasks is {{'label': text}}, not {metadata!r}")
+        old = [wire.task_key(m) for m in self._msg_ids(-1 if ids is None else ids)]
+        tasks = self._ask("tasks", old)
+        for task in tasks:
+            task.update(submitted=None, stdout="", stderr="", engine_uuid=None, label=label or task["label"])
+        ar = AsyncHubResult(self, old, tasks, isinstance(ids, (str, int)) or ids is None, "resubmit")
+        if not old:
+            ar._finish()
+            return ar
+        first = self._connection.expect(ar, len(old), [bytes.fromhex(t["fn"]) for t in tasks if t["fn"]])
+        try:
+            self._query("resubmit", LONG_QUERY_S, ids=[wire.msg_id(key) for key in old], first=first, label=label)
+        except BaseException:
+            self._connection.unexpect(first, len(old))
+            raise
+        if self.block if block is None else block:
+            ar.wait()
+        return ar
+
+    def purge_local_results(self, jobs: Any = (), targets: Any = ()) -> None:
+        """Free what the AsyncResults of tasks hold; asked again, they raise RecordExpired.
+
+        Args:
+            jobs: as in `get_result`, or "all".
+            targets: also the tasks that ran on these engines.
+
+        Raises:
+            RuntimeError: a task has not ended; nothing is purged then.
+        """
+        wanted, engines = self._to_purge(jobs, targets)
+        for number, (ar, i) in kept(self).items():
+            outcome = ar._outcomes[i]
+            if outcome is not None and (wanted is None or outcome[0].engine_id in engines
+                                        or wire.msg_id((self.session, number)) in wanted):
+                purge(ar, i)
+
+    def purge_hub_results(self, jobs: Any = (), targets: Any = ()) -> None:
+        """Have the controller forget tasks that have ended; see `purge_local_results`. "all" means those of all clients."""
+        wanted, engines = self._to_purge(jobs, targets)
+        self._query("purge", LONG_QUERY_S, ids=sorted(wanted or ()), targets=engines, all=wanted is None)
+
+    def purge_results(self, jobs: Any = (), targets: Any = ()) -> None:
+        """`purge_local_results` and `purge_hub_results`."""
+        self.purge_local_results(jobs, targets)
+        self.purge_hub_results(jobs, targets)
+
+    def purge_everything(self) -> None:
+        """Forget all tasks here and in the controller; the history begins anew."""
+        self.purge_results("all")
+        self._history_from = self._connection.next_number
+
+    def _to_purge(self, jobs: Any, targets: Any) -> tuple[Optional[set[str]], list[int]]:
+        """(task ids, or None for all; engine ids) of what is to be purged."""
+        everything = isinstance(jobs, str) and jobs == "all"
+        wanted = None if everything else set(self._msg_ids(jobs))
+        engines = list(self._targets(targets)[0]) if not isinstance(targets, (list, tuple)) or targets else []
+        if not everything and not wanted and not engines:
+            raise ValueError("say what to purge: jobs, targets, or 'all'")
+        outstanding = self.outstanding
+        unfinished = sorted(outstanding if wanted is None else outstanding & wanted)
+        if unfinished:
+            raise RuntimeError(f"tasks that have not ended can not be purged: {', '.join(unfinished[:5])}"
+                               + (f" and {len(unfinished) - 5} more" if len(unfinished) > 5 else ""))
+        return wanted, engines
+
+    # --- others' ways
+
+    def become_dask(self, targets: Any = "all", port: int = 0, nanny: bool = False,
+                    scheduler_args: Optional[dict[str, Any]] = None, **worker_args: Any) -> Any:
+        """Make the engines workers of dask, too; returns a `distributed.Client`. See `integrations.start_dask`."""
+        from .integrations import start_dask
+
+        return start_dask(self, targets, port, nanny, scheduler_args, worker_args)
+
+    def stop_dask(self, targets: Any = "all") -> None:
+        """End dask's workers on engines, and its scheduler when no worker is left."""
+        from .integrations import stop_dask
+
+        stop_dask(self, targets)
+
+    become_distributed, stop_distributed = become_dask, stop_dask
+
+    def spin(self) -> None:
+        """Deprecated: messages are received without it."""
+        _has_no_effect("Client.spin()")
+
+    def spin_thread(self, interval: float = 1.0) -> None:
+        """Deprecated: messages are received without it."""
+        _has_no_effect("Client.spin_thread()")
+
+    def stop_spin_thread(self) -> None:
+        """Deprecated: messages are received without it."""
+        _has_no_effect("Client.stop_spin_thread()")
 
     # --- the end
 
@@ -338,6 +663,7 @@ class Client:
         """Close the connection. Tasks go on; results that have not arrived are lost to this client."""
         self._closed = True
         self._connection.close()
+        self._close_tunnel()
 
     def __enter__(self) -> "Client":
         return self
@@ -348,6 +674,50 @@ class Client:
     def __del__(self) -> None:
         if hasattr(self, "_connection") and not sys.is_finalizing():
             self.close()
+
+
+def _tunnel(name: str, key: Optional[str], password: Optional[str]) -> Any:
+    from .tunnel import Tunnel
+
+    return Tunnel(name, os.fspath(key) if key else "", password)
+
+
+_OLD = ("context", "debug", "paramiko", "username", "packer", "unpacker", "key", "keyfile", "signature_scheme", "session",
+        "metadata", "config", "check_pid", "copy_threshold", "buffer_threshold", "item_threshold", "digest_history_size")
+
+
+def _old_arguments(old: dict[str, Any], connection_info: Any) -> Any:
+    """Deal with keywords of IPython Parallel that have another name or no meaning here; returns the connection information."""
+    for name in old:
+        if name not in _OLD and name != "url_file":
+            raise TypeError(f"Client has no argument {name!r}")
+    if "url_file" in old:
+        _warn("Client's url_file is called connection_info now", 4)
+        connection_info = old["url_file"] if connection_info is None else connection_info
+    for name in set(old) & set(_OLD):
+        _has_no_effect(f"Client's {name}", 5)
+    return connection_info
+
+
+def _has_no_effect(what: str, depth: int = 4) -> None:
+    _warn(f"{what} has no effect and is not needed any more", depth)
+
+
+def _warn(text: str, depth: int) -> None:
+    warnings.warn(text, DeprecationWarning, stacklevel=depth)
+
+
+def _in_thread(call: Any) -> "Future[Any]":
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as e:
+            future.set_exception(e)
+
+    threading.Thread(target=run, name="wait_for_engines", daemon=True).start()
+    return future
 
 
 def _call(method: Any, *args: Any) -> None:

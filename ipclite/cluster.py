@@ -1,4 +1,4 @@
-"""`Cluster` starts, watches and stops a controller and engines; `ipcluster` does so from the shell.
+"""`Cluster` starts, watches and stops a controller and engines; `ClusterManager` knows several clusters.
 
     Cluster ──► controller launcher ──► controller ──► connection files ◄── waited for ── engines ◄── engine launchers
        │                                                     └──► Client
@@ -16,24 +16,25 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import json
 import os
 import random
-import signal
 import socket
 import string
 import sys
 import time
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Awaitable, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Tuple, Type, Union
+from typing import Any, Awaitable, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Type, Union
 
 from . import config, launchers
-from .errors import (EXIT_FAILURE, AlreadyRunning, AlreadyStopped, ConfigError, ConnectionFileError, IPythonError,
-                     KernelError, LauncherError, NoCluster, UserError)
+from .errors import (AlreadyRunning, ConfigError, ConnectionFileError, KernelError, LauncherError, NoCluster,
+                     NotRunning, UserError)
 
 POLL_S = 0.005  # between two looks for the controller's connection file
 TAIL_LINES = 20
-KEPT = ("n", "cluster_id", "profile_dir", "controller_args", "controller_ip", "controller_location", "engine_timeout")
+TAKEN = ("controller_ip", "controller_location", "controller_args", "engine_timeout", "delay",
+         "send_engines_connection_env")  # arguments and attributes that are settings of the same name
+KEPT = ("n", "cluster_id", "profile_dir", *TAKEN)
 Launcher = Union[str, Type[launchers.BaseLauncher]]
 
 
@@ -48,7 +49,12 @@ def _new_id() -> str:
     return f"{int(time.time())}-{''.join(random.SystemRandom().choices(string.ascii_lowercase + string.digits, k=4))}"
 
 
-def _label(cluster_id: str) -> str:
+def _own_log(level: Union[int, str, None]) -> Any:
+    return config.log("cluster") if level is None else config.setup_logging("cluster", level)
+
+
+def label(cluster_id: str) -> str:
+    """What sentences call a cluster."""
     return f"cluster {cluster_id!r}" if cluster_id else "the default cluster"
 
 
@@ -78,12 +84,18 @@ class Cluster:
         controller_location: name or address by which others reach the controller.
         controller_args: more arguments for it, as in `["--ping=5000"]`.
         engine_timeout: seconds to wait for the controller and the engines.
+        delay: seconds between the start of the controller and that of the engines.
+        send_engines_connection_env: wait for the controller, and give engines the content of its connection file in
+            `$IPP_CONNECTION_INFO` (default: they wait for the file by themselves).
         profile: name of the profile, created if need be. profile_dir: or its directory.
         cluster_id: tells apart the clusters of a profile (default: a new one; "" is what `ipcluster start` uses).
         cluster_file: where to note what was started (default: in the profile); "" for nowhere.
         shutdown_atexit: stop it when this process ends, however it ends.
         log_level: log to stderr, from this level on; the controller and engines log from it on, too.
         load_profile: take what is not given from the profile's ipcluster_config.py.
+        log: a logger in place of ours.
+        config: more settings, `{"Section": {"key": value}}`, over the profile's. parent: or an object with such a
+            `config`.
 
     Attributes: `controller` (its launcher, or None), `engines` (`{engine_set_id: launcher}`).
     """
@@ -92,28 +104,26 @@ class Cluster:
                  engine_launcher_class: Optional[Launcher] = None, controller: Optional[Launcher] = None,
                  controller_launcher_class: Optional[Launcher] = None, controller_ip: Optional[str] = None,
                  controller_location: Optional[str] = None, controller_args: Optional[List[str]] = None,
-                 engine_timeout: Optional[float] = None, profile: Optional[str] = None,
+                 engine_timeout: Optional[float] = None, delay: Optional[float] = None,
+                 send_engines_connection_env: Optional[bool] = None, profile: Optional[str] = None,
                  profile_dir: Optional[config.PathLike] = None, cluster_id: Optional[str] = None,
                  cluster_file: Optional[config.PathLike] = None, shutdown_atexit: bool = True,
-                 log_level: Union[int, str, None] = None, load_profile: bool = True):
+                 log_level: Union[int, str, None] = None, load_profile: bool = True, log: Any = None,
+                 config: Optional[Dict[str, Dict[str, Any]]] = None, parent: Any = None):
         for short, long in (("engines", engine_launcher_class), ("controller", controller_launcher_class)):
             if long is not None and {"engines": engines, "controller": controller}[short] is not None:
                 raise TypeError(f"{short} and {short.rstrip('s')}_launcher_class are the same; give one of them")
+        more = config if config is not None else getattr(parent, "config", None)
         given = {"n": n, "engine_launcher_class": engines or engine_launcher_class,
                  "controller_launcher_class": controller or controller_launcher_class, "controller_ip": controller_ip,
                  "controller_location": controller_location, "controller_args": controller_args,
-                 "engine_timeout": engine_timeout}
-        layer = {f"Cluster.{key}": config.Given(value, key) for key, value in given.items() if value is not None}
-        self.profile_dir = config.profile_path(profile, profile_dir)
-        self._take(config.load(config.START, self.profile_dir, layer) if load_profile else
-                   config.Settings(config.START, self.profile_dir, [layer]))
-        self.cluster_id = _new_id() if cluster_id is None else cluster_id
-        default_file = config.cluster_file(self.profile_dir, self.cluster_id)
-        self.cluster_file = default_file if cluster_file is None else Path(cluster_file) if cluster_file else None
+                 "engine_timeout": engine_timeout, "delay": delay,
+                 "send_engines_connection_env": send_engines_connection_env}
+        given = {key: value for key, value in given.items() if value is not None}
+        self._make(more, given, profile, profile_dir, load_profile)
+        self._name(cluster_id, cluster_file)
         self.shutdown_atexit, self.log_level = shutdown_atexit, log_level
-        if log_level is not None:
-            config.setup_logging("cluster", log_level)
-        self.log = config.log("cluster")
+        self.log = log or _own_log(log_level)
         self.controller: Optional[launchers.ControllerLauncher] = None
         self.engines: Dict[str, launchers.EngineLauncher] = {}
         self.started: Optional[float] = None
@@ -123,6 +133,19 @@ class Cluster:
         self._client: Any = None
         self._noted = False  # is the cluster file ours?
 
+    def _make(self, more: Optional[Dict[str, Dict[str, Any]]], given: Dict[str, Any], profile: Optional[str],
+              profile_dir: Optional[config.PathLike], load_profile: bool) -> None:
+        layers = [config.layer_of(config.START, more or {}),
+                  {f"Cluster.{key}": config.Given(value, key) for key, value in given.items()}]
+        self.profile_dir = config.profile_path(profile, profile_dir)
+        before = config.load(config.START, self.profile_dir).layers if load_profile else []
+        self._take(config.Settings(config.START, self.profile_dir, before + layers))
+
+    def _name(self, cluster_id: Optional[str], cluster_file: Optional[config.PathLike]) -> None:
+        self.cluster_id = _new_id() if cluster_id is None else cluster_id
+        default_file = config.cluster_file(self.profile_dir, self.cluster_id)
+        self.cluster_file = default_file if cluster_file is None else Path(cluster_file) if cluster_file else None
+
     def _take(self, settings: config.Settings) -> None:
         """Take what the command line, the config file and the arguments say."""
         self._settings = settings
@@ -130,10 +153,14 @@ class Cluster:
         self.engine_launcher_class = launchers.find_launcher("engine", settings["Cluster.engine_launcher_class"])
         self.controller_launcher_class = launchers.find_launcher(
             "controller", settings["Cluster.controller_launcher_class"])
-        self.controller_ip: str = settings["Cluster.controller_ip"]
-        self.controller_location: str = settings["Cluster.controller_location"]
-        self.controller_args: List[str] = settings["Cluster.controller_args"]
-        self.engine_timeout: float = settings["Cluster.engine_timeout"]
+        self.controller_ip: str
+        self.controller_location: str
+        self.controller_args: List[str]
+        self.engine_timeout: float
+        self.delay: float
+        self.send_engines_connection_env: bool
+        for key in TAKEN:
+            setattr(self, key, settings[f"Cluster.{key}"])
 
     @classmethod
     def from_settings(cls, settings: config.Settings, **kwargs: Any) -> "Cluster":
@@ -158,15 +185,17 @@ class Cluster:
             LauncherError: it can't be started.
         """
         if self.controller is not None and self.controller.running:
-            raise AlreadyRunning(f"The controller of {_label(self.cluster_id)} runs already.")
+            raise AlreadyRunning(f"The controller of {label(self.cluster_id)} runs already.")
         config.make_profile_dir(self.profile_dir)
-        self._clear_the_way()
-        self.controller = self._launcher(self.controller_launcher_class, options, self._controller_flags())
-        self.controller.start()
-        self.started = time.time()
-        if self.shutdown_atexit:
-            atexit.register(self._at_exit)
-        self.write_cluster_file()
+        lock = self.cluster_file.with_suffix(".lock") if self.cluster_file else None
+        with launchers.held_back(), config.locked(lock) if lock else contextlib.nullcontext():  # one of many wins
+            self._clear_the_way()
+            self.controller = self._launcher(self.controller_launcher_class, options, self._controller_flags())
+            self.controller.start()
+            self.started = time.time()
+            if self.shutdown_atexit:
+                atexit.register(self._at_exit)
+            self.write_cluster_file()
         self.log.info("Started the controller %r", self.controller)
 
     def start_engines_sync(self, n: Optional[int] = None, engine_set_id: Optional[str] = None, **options: Any) -> str:
@@ -183,12 +212,16 @@ class Cluster:
         numbers = (str(number) for number in range(len(self.engines) + 1))
         engine_set_id = engine_set_id or next(number for number in numbers if number not in self.engines)
         config.make_profile_dir(self.profile_dir)
+        if self.send_engines_connection_env:
+            text = json.dumps(config.read_json(self.connection_file("engine")))
+            options["environment"] = {**options.get("environment", {}), "IPP_CONNECTION_INFO": text}
         launcher = self._launcher(self.engine_launcher_class, options, [f"--timeout={self.engine_timeout:g}"], n=n)
-        launcher.start()
-        self.engines[engine_set_id] = launcher
-        if self.shutdown_atexit:
-            atexit.register(self._at_exit)
-        self.write_cluster_file()
+        with launchers.held_back():
+            launcher.start()
+            self.engines[engine_set_id] = launcher
+            if self.shutdown_atexit:
+                atexit.register(self._at_exit)
+            self.write_cluster_file()
         self.log.info("Started %d engines %r", n, launcher)
         return engine_set_id
 
@@ -199,8 +232,9 @@ class Cluster:
             AlreadyRunning: a cluster with this id runs.
             LauncherError: something ended before it was ready; names the reason. Nothing is left behind.
         """
-        self.start_controller_sync()
         with self._all_or_nothing():
+            self.start_controller_sync()
+            time.sleep(self.delay)
             self.start_engines_sync(n)
             self.connection_file()
         return self
@@ -219,9 +253,10 @@ class Cluster:
             AlreadyRunning, LauncherError: as `start_cluster_sync`; nothing is left behind.
         """
         n = self.n if n is None else n
-        if self.controller is None:
-            self.start_controller_sync()
         with self._all_or_nothing():
+            if self.controller is None:
+                self.start_controller_sync()
+                time.sleep(self.delay)
             if not self.engines:
                 self.start_engines_sync(n)
             client = self.connect_client_sync()
@@ -236,21 +271,23 @@ class Cluster:
     def _all_or_nothing(self) -> Iterator[None]:
         try:
             yield
+        except AlreadyRunning:
+            raise  # it is another's, or was there before
         except BaseException:
             self.stop_cluster_sync()
             raise
 
-    def connection_file(self) -> Path:
-        """Path of the client's connection file, once the controller that we started has written it.
+    def connection_file(self, role: str = "client") -> Path:
+        """Path of the connection file of a role, once the controller that we started has written it.
 
         Raises:
             LauncherError: the controller or the engines ended, or `engine_timeout` passed.
         """
-        path = config.connection_file(self.profile_dir, self.cluster_id, "client")
+        path = config.connection_file(self.profile_dir, self.cluster_id, role)
         deadline = time.monotonic() + self.engine_timeout
         while self.controller is not None:
             try:
-                if self.controller.wrote(config.read_connection(path, "client")):
+                if self.controller.wrote(config.read_connection(path, role)):
                     break
             except ConnectionFileError as e:
                 if time.monotonic() > deadline:
@@ -285,7 +322,7 @@ class Cluster:
         if ended:
             what = {"controller": "controller", "engine": "engines"}[ended[-1].role]
             reason = ended[-1].stop_data.get("reason", "ended")
-            raise LauncherError(f"The {what} of {_label(self.cluster_id)} {reason}." + self._tails(ended[-1:]))
+            raise LauncherError(f"The {what} of {label(self.cluster_id)} {reason}." + self._tails(ended[-1:]))
 
     def _tails(self, ended: Iterable[launchers.BaseLauncher]) -> str:
         tails = [launcher.get_output(TAIL_LINES) for launcher in ended]
@@ -321,9 +358,9 @@ class Cluster:
             self.log.warning("%s It is replaced.", e)
         if found is not None:
             if found.controller is not None:
-                raise AlreadyRunning(f"{_label(self.cluster_id)} is already running in {self.profile_dir}; stop it, or "
+                raise AlreadyRunning(f"{label(self.cluster_id)} is already running in {self.profile_dir}; stop it, or "
                                      "choose another cluster id.")
-            self.log.info("%s ended without cleaning up: %s", _label(self.cluster_id), found.reason)
+            self.log.info("%s ended without cleaning up: %s", label(self.cluster_id), found.reason)
             found.stop_cluster_sync()
         for role in ("client", "engine"):
             path = config.connection_file(self.profile_dir, self.cluster_id, role)
@@ -334,7 +371,7 @@ class Cluster:
             dead = config.dead_run(info)
             if not dead:
                 raise AlreadyRunning(f"A controller (pid {info['pid']} on {info['host']}) already serves "
-                                     f"{_label(self.cluster_id)}; stop it, choose another cluster id, or remove {path} "
+                                     f"{label(self.cluster_id)}; stop it, choose another cluster id, or remove {path} "
                                      "if it is gone.")
             config.remove_sockets(info)
             if not info.get("reuse"):
@@ -366,8 +403,7 @@ class Cluster:
             self.stop_controller_sync()
             self.remove_cluster_file()
             atexit.unregister(self._at_exit)
-            if owned is not None:
-                self._remove_connection_files(owned)
+            self._remove_connection_files(owned)
 
     def restart_engines_sync(self, engine_set_id: Optional[str] = None) -> None:
         """Stop one engine set, or all, and start as many engines again."""
@@ -381,6 +417,56 @@ class Cluster:
         for name in list(self.engines) if engine_set_id is None else [engine_set_id]:
             self._engine_set(name).signal(signum)
 
+    def restart_controller_sync(self) -> None:
+        """Stop the controller and start it again; returns when it is ready.
+
+        With `--reuse` among `controller_args` the engines come back to it, with what they hold; otherwise as many are
+        started anew. Unfinished tasks are lost.
+        """
+        args, info = list(self.controller_args), config.read_json(self.connection_file())
+        keep = bool(info.get("reuse"))
+        sets = {} if keep else {name: launcher.n for name, launcher in self.engines.items()}
+        for name in sets:
+            self.stop_engines_sync(name)
+        self.stop_controller_sync()
+        self.start_controller_sync()
+        for name, n in sets.items():
+            self.start_engines_sync(n, name)
+        self.connection_file()
+        self.controller_args = args
+
+    def stop_engine_sync(self, engine_id: int) -> None:
+        """Stop one engine; returns when it has left.
+
+        Raises:
+            IndexError: there is no such engine.
+        """
+        with self.connect_client_sync() as client:
+            client.shutdown(engine_id)
+            deadline = time.monotonic() + self.engine_timeout
+            while engine_id in client.ids:
+                if time.monotonic() > deadline:
+                    raise LauncherError(f"Engine {engine_id} has not stopped in {self.engine_timeout:g} s.")
+                time.sleep(POLL_S)
+
+    def restart_engine_sync(self, engine_id: int) -> None:
+        """Put a new engine in the place of one, with its id and an empty namespace; returns when it is there.
+
+        Raises:
+            IndexError: there is no such engine.
+        """
+        with self.connect_client_sync() as client:
+            client.shutdown(engine_id, restart=True, block=True)
+
+    def signal_engine_sync(self, signum: int, engine_id: int) -> None:
+        """Send a signal to one engine; `signal.SIGINT` interrupts what it runs.
+
+        Raises:
+            IndexError: there is no such engine.
+        """
+        with self.connect_client_sync() as client:
+            client.send_signal(signum, engine_id)
+
     start_controller = _awaitable(start_controller_sync)
     start_engines = _awaitable(start_engines_sync)
     start_cluster = _awaitable(start_cluster_sync)
@@ -391,18 +477,22 @@ class Cluster:
     stop_cluster = _awaitable(stop_cluster_sync)
     restart_engines = _awaitable(restart_engines_sync)
     signal_engines = _awaitable(signal_engines_sync)
+    restart_controller = _awaitable(restart_controller_sync)
+    stop_engine = _awaitable(stop_engine_sync)
+    restart_engine = _awaitable(restart_engine_sync)
+    signal_engine = _awaitable(signal_engine_sync)
 
     def _engine_set(self, name: str) -> launchers.EngineLauncher:
         if name not in self.engines:
             raise KeyError(f"there is no engine set {name!r}; there are {list(self.engines)}")
         return self.engines[name]
 
-    def _remove_connection_files(self, controller: launchers.ControllerLauncher) -> None:
+    def _remove_connection_files(self, controller: Optional[launchers.ControllerLauncher]) -> None:
         for role in ("client", "engine"):
             path = config.connection_file(self.profile_dir, self.cluster_id, role)
             try:
                 info = config.read_connection(path)
-                if controller.wrote(info):
+                if config.dead_run(info) or controller is not None and controller.wrote(info):
                     config.remove_sockets(info)
                     if not info.get("reuse"):
                         path.unlink()
@@ -449,7 +539,9 @@ class Cluster:
     def to_dict(self) -> Dict[str, Any]:
         """What the cluster file holds: how it was made, and the state of each launcher. No secrets."""
         how = {**{key: getattr(self, key) for key in KEPT}, "profile_dir": os.fspath(self.profile_dir)}
-        found: Dict[str, Any] = {"cluster": {**how, "host": self.host, "started": self.started}}
+        kind = type(self)
+        more = {} if kind is Cluster else {"class": f"{kind.__module__}.{kind.__qualname__}"}
+        found: Dict[str, Any] = {"cluster": {**how, "host": self.host, "started": self.started, **more}}
         if self.controller is not None:
             found["controller"] = {"class": launchers.launcher_name(type(self.controller)),
                                    "state": self.controller.to_dict()}
@@ -460,7 +552,11 @@ class Cluster:
 
     @classmethod
     def from_dict(cls, state: Dict[str, Any], **kwargs: Any) -> "Cluster":
-        """The cluster that `to_dict` described. What has ended since is left out, and `reason` says why."""
+        """The cluster that `to_dict` described, of the class it had. What has ended since is left out; `reason` says
+        why."""
+        name = state["cluster"].get("class")
+        if name and cls is Cluster:
+            cls = _import_class(name)
         how, engines, controller = state["cluster"], state.get("engines", {}), state.get("controller", {})
         self = cls(**{**{key: how[key] for key in KEPT}, "engines": engines.get("class"),
                       "controller": controller.get("class"), "shutdown_atexit": False, **kwargs})
@@ -472,7 +568,7 @@ class Cluster:
         for name, kind, its_state in wanted:
             try:
                 launcher = kind.from_dict(its_state, self._settings.section(kind.__name__))
-            except launchers.NotRunning as e:
+            except NotRunning as e:
                 self.reason = str(e)
                 continue
             if name:
@@ -523,15 +619,35 @@ class Cluster:
         return f"<Cluster(cluster_id={self.cluster_id!r}, profile_dir={str(self.profile_dir)!r}, {', '.join(states)})>"
 
 
+def _import_class(name: str) -> Type[Cluster]:
+    """The subclass of `Cluster` with this dotted path.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from importlib import import_module
+
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ConfigError(f"The cluster's class {name!r} can't be imported: {e}.") from None
+    if not (isinstance(found, type) and issubclass(found, Cluster)):
+        raise ConfigError(f"The cluster's class {name!r} is no Cluster.")
+    return found
+
+
 # ---------------------------------------------------------------- many clusters
 
 
-def _profile_dirs(ipython_dir: Optional[config.PathLike] = None) -> List[Path]:
+def all_profile_dirs(ipython_dir: Optional[config.PathLike] = None) -> List[Path]:
+    """The directories of all profiles."""
     return sorted(config.profile_path(None, None, ipython_dir).parent.glob("profile_*/"))
 
 
-def _cluster_files(profile_dirs: Iterable[config.PathLike]) -> List[Path]:
-    return [path for folder in profile_dirs for path in sorted(Path(folder, "security").glob("cluster-*.json"))]
+def cluster_files(folders: Iterable[config.PathLike]) -> List[Path]:
+    """The cluster files of some profile directories."""
+    return [path for folder in folders for path in sorted(Path(folder, "security").glob("cluster-*.json"))]
 
 
 class ClusterManager:
@@ -542,14 +658,15 @@ class ClusterManager:
 
     def load_clusters(self, *, profile_dirs: Optional[Iterable[config.PathLike]] = None,
                       profile_dir: Optional[config.PathLike] = None, profiles: Optional[Iterable[str]] = None,
-                      profile: Optional[str] = None) -> Dict[str, Cluster]:
-        """Load what the cluster files say, of all profiles if none is named; returns what runs."""
+                      profile: Optional[str] = None, init_default_clusters: bool = False) -> Dict[str, Cluster]:
+        """Load what the cluster files say, of all profiles if none is named; returns what runs, and with
+        `init_default_clusters` a cluster, not started, for each profile in which none runs."""
         folders = [Path(folder) for folder in profile_dirs or ()]
         folders += [config.find_profile_dir(name) for name in profiles or ()]
         if profile or profile_dir:
             folders.append(config.find_profile_dir(profile, profile_dir))
         self.clusters = {}
-        for path in _cluster_files(folders or _profile_dirs()):
+        for path in cluster_files(folders or all_profile_dirs()):
             try:
                 cluster = Cluster.from_file(path)
             except UserError as e:
@@ -557,6 +674,10 @@ class ClusterManager:
                 continue
             if cluster.running:
                 self.clusters[self._key(cluster)] = cluster
+        busy = {cluster.profile_dir for cluster in self.clusters.values()}
+        for folder in folders or all_profile_dirs() if init_default_clusters else ():
+            if folder not in busy:
+                self.new_cluster(profile_dir=folder, cluster_id="", shutdown_atexit=False)
         return self.clusters
 
     def new_cluster(self, **kwargs: Any) -> Tuple[str, Cluster]:
@@ -582,15 +703,17 @@ class ClusterManager:
 
     @staticmethod
     def _key(cluster: Cluster) -> str:
-        return f"{_profile_name(cluster.profile_dir)}:{cluster.cluster_id}"
+        return f"{profile_name(cluster.profile_dir)}:{cluster.cluster_id}"
 
 
-def _profile_name(profile_dir: Path) -> str:
+def profile_name(profile_dir: Path) -> str:
+    """The name of a profile, or its path if it has none."""
     prefix, _, name = profile_dir.name.partition("profile_")
     return name if not prefix and name else os.fspath(profile_dir)
 
 
-def clean_cluster_files(profile_dirs: Optional[Iterable[config.PathLike]] = None, *, force: bool = False) -> List[Path]:
+def clean_cluster_files(profile_dirs: Optional[Iterable[config.PathLike]] = None, *, log: Any = None,
+                        force: bool = False) -> List[Path]:
     """Remove the cluster and connection files of dead clusters, and all logs, of some profiles (default: all).
 
     Returns:
@@ -599,25 +722,35 @@ def clean_cluster_files(profile_dirs: Optional[Iterable[config.PathLike]] = None
     Raises:
         AlreadyRunning: a cluster runs there; with `force` it is stopped.
     """
-    folders = [Path(folder) for folder in (_profile_dirs() if profile_dirs is None else profile_dirs)]
-    removed = _cluster_files(folders)
+    folders = [Path(folder) for folder in (all_profile_dirs() if profile_dirs is None else profile_dirs)]
+    removed = cluster_files(folders)
     for path in removed:
         try:
             cluster = Cluster.from_file(path)
         except ConnectionFileError as e:
-            config.log("cluster").warning("%s", e)
+            (log or config.log("cluster")).warning("%s", e)
             path.unlink()
             continue
         if cluster.running and not force:
-            raise AlreadyRunning(f"{_label(cluster.cluster_id)} runs in {cluster.profile_dir}; stop it or use --force.")
+            raise AlreadyRunning(f"{label(cluster.cluster_id)} runs in {cluster.profile_dir}; stop it or use --force.")
         cluster.stop_cluster_sync()
     for folder in folders:
-        files = [*folder.glob("security/ipcontroller*.json"), *folder.glob("log/*.log")]
-        busy = _live_controllers(folder)
-        for path in files if force or not busy else ():
-            path.unlink()
+        files = [*folder.glob("security/*.lock"), *folder.glob("security/ipcontroller*-lock")]
+        busy = [] if force else _live_controllers(folder)
+        for path in folder.glob("security/ipcontroller*.json"):
+            if path not in busy:
+                _remove_sockets_of(path)
+                files.append(path)
+        files += folder.glob("log/*.log") if not busy else config.clean_logs(folder)
+        for path in files:
+            path.unlink(missing_ok=True)
             removed.append(path)
     return removed
+
+
+def _remove_sockets_of(path: Path) -> None:
+    with contextlib.suppress(ConnectionFileError):  # it is not ours, or garbage
+        config.remove_sockets(config.read_connection(path))
 
 
 def _live_controllers(profile_dir: Path) -> List[Path]:
@@ -632,194 +765,11 @@ def _live_controllers(profile_dir: Path) -> List[Path]:
     return alive
 
 
-# ---------------------------------------------------------------- the command line
-
-
-class Signalled(BaseException):
-    """SIGINT, SIGTERM or SIGHUP arrived: stop everything."""
-
-
-def _on_signal(signum: int, frame: Any) -> NoReturn:
-    raise Signalled(signal.Signals(signum))
-
-
-def _set_signals(handler: Any) -> None:
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signum = getattr(signal, name, None)
-        if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:  # which nohup asks for
-            signal.signal(signum, handler)
-
-
-def _start(settings: config.Settings) -> int:
-    def start(cluster: Cluster) -> None:
-        cluster.start_and_connect_sync().close()
-
-    return _serve(Cluster.from_settings(settings, shutdown_atexit=not settings["Cluster.daemonize"]), settings, start)
-
-
-def _engines(settings: config.Settings) -> int:
-    def start(cluster: Cluster) -> None:
-        with cluster.connect_client_sync() as client:
-            before = len(client.ids)
-            cluster.start_engines_sync()
-            cluster.wait_for_engines(client, before + cluster.n)
-
-    return _serve(Cluster.from_settings(settings, shutdown_atexit=not settings["Cluster.daemonize"], cluster_file=""),
-                  settings, start)
-
-
-def _serve(cluster: Cluster, settings: config.Settings, start: Callable[[Cluster], None]) -> int:
-    """Start; then return if we are to daemonize, else stay until something ends or a signal comes."""
-    if settings["Application.work_dir"]:
-        config.enter_work_dir(settings["Application.work_dir"])
-    _set_signals(_on_signal)
-    ready = keep = False
-    try:
-        start(cluster)
-        ready = True
-        _tell_ready(cluster, settings)
-        keep = settings["Cluster.daemonize"]
-        return 0 if keep else _stay(cluster)
-    except Signalled as e:
-        print(f"Got {e.args[0].name}, stopping.", flush=True)
-        return 0 if ready else 128 + e.args[0]
-    finally:
-        _set_signals(signal.SIG_IGN)
-        if not keep:
-            cluster.stop_cluster_sync()
-
-
-def _tell_ready(cluster: Cluster, settings: config.Settings) -> None:
-    words = {"profile": settings["Application.profile"], "profile_dir": settings["Application.profile_dir"],
-             "cluster_id": cluster.cluster_id}
-    arguments = ", ".join(f"{key}={value!r}" for key, value in words.items() if value)
-    flags = "".join(f" --{key.replace('_', '-')}={value}" for key, value in words.items() if value)
-    print(f"{cluster.n} engines are ready. Logs are in {cluster.profile_dir / 'log'}\n"
-          f"Connect:  import {__package__} as ipp; rc = ipp.Client({arguments})\n"
-          + (f"Stop:     Ctrl-C, or ipcluster stop{flags}" if cluster.shutdown_atexit else
-             f"Stop:     ipcluster stop{flags}"), flush=True)
-
-
-def _stay(cluster: Cluster) -> int:
-    """Wait until the controller or the engines have ended; returns the exit code."""
-    ends: "SimpleQueue[Tuple[launchers.BaseLauncher, Dict[str, Any]]]" = SimpleQueue()
-    watched: List[launchers.BaseLauncher] = [*filter(None, [cluster.controller]), *cluster.engines.values()]
-    for launcher in watched:
-        launcher.on_stop(functools.partial(lambda launcher, data: ends.put((launcher, data)), launcher))
-    launcher, data = ends.get()
-    if cluster.controller is not None and not cluster.controller.running:  # the engines end because of that
-        launcher, data = cluster.controller, cluster.controller.stop_data
-    name = {"controller": "controller", "engine": "engines"}[launcher.role]
-    if data.get("exit_code") == 0:
-        print(f"The {name} stopped; stopping the rest.", flush=True)
-        return 0
-    print(f"The {name} {data['reason']}; stopping the rest.{cluster._tails([launcher])}", file=sys.stderr, flush=True)
-    return EXIT_FAILURE
-
-
-def _stop(settings: config.Settings) -> int:
-    ids = settings.args or [settings["Application.cluster_id"]]
-    if settings["IPClusterStop.all_cluster_ids"]:
-        paths = _cluster_files([settings.profile_dir])
-        if not paths:
-            raise NoCluster(f"There is no cluster in {settings.profile_dir}.")
-    else:
-        paths = [config.cluster_file(settings.profile_dir, cluster_id) for cluster_id in ids]
-    for path in paths:
-        cluster = Cluster.from_file(path)
-        alive = cluster.running
-        cluster.stop_cluster_sync()
-        if not alive:
-            raise AlreadyStopped(f"{_label(cluster.cluster_id)} is not running any more; its files are removed. "
-                                 f"{cluster.reason}".rstrip())
-        print(f"Stopped {_label(cluster.cluster_id)}.")
-    return 0
-
-
-def _list(settings: config.Settings) -> int:
-    named = settings["Application.profile"] or settings["Application.profile_dir"]
-    folders = [settings.profile_dir] if named else _profile_dirs(settings["Application.ipython_dir"])
-    rows = [row for row in map(_row, _cluster_files(folders)) if row]
-    if settings["IPClusterList.output_format"] == "json":
-        import json
-
-        print(json.dumps(rows, indent=2))
-        return 0
-    table = [("PROFILE", "CLUSTER ID", "STATE", "ENGINES", "LAUNCHER", "HOST", "AGE", "REASON")]
-    for row in rows:
-        ready = "?" if row["engines_ready"] is None else row["engines_ready"]
-        table.append((row["profile"], row["cluster_id"] or "''", row["state"], f"{ready}/{row['engines']}",
-                      row["launcher"], row["host"], _age(row["age"]), row["reason"]))
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for line in table:
-        print("  ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip())
-    return 0
-
-
-def _row(path: Path) -> Optional[Dict[str, Any]]:
-    """What `list` shows of a cluster file; None if it can't be read."""
-    row: Dict[str, Any] = {"state": "running", "engines_ready": None, "reason": "", "file": os.fspath(path)}
-    try:
-        cluster = Cluster.from_file(path)
-    except NoCluster:
-        return None  # it has just been stopped
-    except ConnectionFileError as e:
-        config.log("cluster").warning("%s", e)
-        return None
-    if cluster.controller is None:
-        row.update(state="stopped", reason=cluster.reason, engines_ready=0)
-    else:
-        try:
-            with cluster.connect_client_sync(timeout=2) as client:
-                row["engines_ready"] = len(client.ids)
-        except IPythonError as e:
-            row.update(state="not answering", reason=str(e))
-    engines = sum(launcher.n for launcher in cluster.engines.values()) or cluster.n
-    return {"profile": _profile_name(cluster.profile_dir), "profile_dir": os.fspath(cluster.profile_dir),
-            "cluster_id": cluster.cluster_id, "engines": engines, "host": cluster.host,
-            "launcher": launchers.launcher_name(cluster.engine_launcher_class),
-            "age": round(time.time() - (cluster.started or time.time())), **row}
-
-
-def _age(seconds: int) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
-        if seconds >= size:
-            return f"{seconds // size}{unit}"
-    return f"{seconds}s"
-
-
-def _clean(settings: config.Settings) -> int:
-    everywhere = settings["IPClusterClean.all_profiles"]
-    removed = clean_cluster_files(_profile_dirs(settings["Application.ipython_dir"]) if everywhere else
-                                  [settings.profile_dir], force=settings["IPClusterClean.force"])
-    print(f"Removed {len(removed)} files.")
-    return 0
-
-
-COMMANDS = {"start": _start, "engines": _engines, "stop": _stop, "list": _list, "clean": _clean}
-
-
-def _dispatch(argv: List[str]) -> int:
-    command = argv[0] if argv else "--help"
-    if command == "--version":
-        print(config.version())
-        return 0
-    if command in ("-h", "--help", "--help-all"):
-        print("Start, stop and list clusters.\n\nusage: ipcluster <command> [flags]\n")
-        for name in COMMANDS:
-            print(f"  {name:<10} {config.PROGRAMS['cluster ' + name][1]}")
-        print("\nipcluster <command> --help shows its flags.")
-        return 0 if argv else EXIT_FAILURE
-    if command not in COMMANDS:
-        raise ConfigError(f"unknown command {command!r}; choose from {', '.join(COMMANDS)}. See --help")
-    settings = config.parse(f"cluster {command}", argv[1:])
-    config.setup_logging("ipcluster", settings["Application.log_level"], settings.log_file)
-    return COMMANDS[command](settings)
-
-
 def main(argv: Optional[List[str]] = None) -> int:
-    """`ipcluster`: the command line."""
-    return config.run_main("ipcluster", _dispatch, argv)
+    """`ipcluster`: the command line. It builds on this file, so that it is looked up when asked for."""
+    from importlib import import_module
+
+    return int(import_module(".ipcluster", __package__).main(argv))
 
 
 if __name__ == "__main__":

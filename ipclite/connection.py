@@ -19,8 +19,9 @@ import select
 import socket
 import threading
 import time
+import weakref
 from collections import deque
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Iterable, Optional, Sequence
 
 from _signal import SIGINT, getsignal, signal  # what the signal module wraps in enums, which cost microseconds
 
@@ -30,7 +31,7 @@ from .results import AsyncResult, Source
 
 FUNCTIONS_KEPT = 256  # functions whose bytes the controller and the engines hold for us
 TICK_S = 1.0  # between two looks at the controller's silence
-NAP_S, LONG_NAP_S = 0.005, 0.1  # of the io thread while another thread leads
+NAP_S, LONG_NAP_S = 0.02, 0.1  # of the io thread while another thread leads
 TAKE = 256  # messages taken in before the outbox gets its turn
 
 
@@ -84,6 +85,7 @@ class Connection:
         self._inbox: deque[list[Any]] = deque()
         self._next = 1
         self._pending: dict[int, tuple[AsyncResult, int]] = {}
+        self._asked: dict[wire.TaskKey, list[tuple[AsyncResult, int]]] = {}
         self._functions: dict[bytes, int] = {}  # digest -> number of the last task that uses it
         self._awake = False
         self._closed = False
@@ -133,6 +135,7 @@ class Connection:
         for _, payload, _ in tasks:
             if type(payload) is not bytes:
                 self._check_size(payload)
+                ar._lent = [*ar._lent, *(weakref.ref(piece) for piece in payload if type(piece) is memoryview)]
         with self._mutex:
             if self.lost is not None:
                 raise self.lost
@@ -379,23 +382,78 @@ class Connection:
         if kind == wire.RESULTS:
             now = time.time()
             pop = self._pending.pop
-            for _, engine_id, records, section in wire.result_sections(frames):
+            for session, engine_id, records, section in wire.result_sections(frames):
                 source = Source(engine_id, now)
+                if self._asked:
+                    self._answer(session, [(source, r) for r in wire.section_results(records, section)])
+                if session != self.session:
+                    continue
                 for result in wire.section_results(records, section):
                     waiting = pop(result[0], None)
                     if waiting is not None:
                         waiting[0]._arrive(waiting[1], (source, result))
         elif kind == wire.OUTPUT:
-            for seq, name, text in wire.decode_output(frames)[2]:
-                waiting = self._pending.get(seq)
-                if waiting is not None:
-                    waiting[0]._write(waiting[1], name, text)
+            session, engine_id, pieces = wire.decode_output(frames)
+            for seq, name, text in pieces:
+                places = self._asked.get((session, seq), ())
+                mine = self._pending.get(seq) if session == self.session else None
+                for ar, i in (*places, mine) if mine is not None else places:
+                    ar._write(i, name, text, engine_id)
         elif kind == wire.BYE:
             self.lose(ControllerLost(f"the controller ended: {wire.decode_dict(frames).get('reason')}"))
         elif kind == wire.REFUSED:
             self.lose(ControllerLost(f"the controller refused us: {wire.decode_dict(frames).get('reason')}"))
         else:
             self._on_message(frames)
+
+    # --- results that others wait for, or that are asked for again
+
+    def ask(self, ar: AsyncResult, places: Iterable[tuple[wire.TaskKey, int]]) -> None:
+        """Have the results of tasks go to a future, too, whenever they come: (task, place in the future) of each."""
+        with self._mutex:
+            if self.lost is not None:
+                raise self.lost
+            for key, i in places:
+                self._asked.setdefault(key, []).append((ar, i))
+
+    def future_of(self, keys: Sequence[wire.TaskKey]) -> Optional[AsyncResult]:
+        """The future that waits for just these tasks, if they are one's that were submitted here and have not ended."""
+        waiting = self._pending.get(keys[0][1]) if keys and keys[0][0] == self.session else None
+        return waiting[0] if waiting is not None and waiting[0].msg_ids == [wire.msg_id(key) for key in keys] else None
+
+    def unask(self, ar: AsyncResult) -> None:
+        """Nothing that a future asked for will come."""
+        with self._mutex:
+            for key, places in list(self._asked.items()):
+                left = [place for place in places if place[0] is not ar]
+                if left:
+                    self._asked[key] = left
+                else:
+                    del self._asked[key]
+
+    def _answer(self, session: bytes, outcomes: list[Any]) -> None:
+        for outcome in outcomes:
+            with self._mutex:
+                places = self._asked.pop((session, outcome[1].seq), ())
+            for ar, i in places:
+                ar._arrive(i, outcome)
+
+    def expect(self, ar: AsyncResult, count: int, digests: Iterable[bytes]) -> int:
+        """Number tasks that the controller itself is to queue; returns the first number. Their functions must not be forgotten."""
+        with self._mutex:
+            if self.lost is not None:
+                raise self.lost
+            first = self._next
+            self._next = first + count
+            ar._sent_as(first, count)
+            self._pending.update((first + i, (ar, i)) for i in range(count))
+            self._functions.update(dict.fromkeys(digests, self._next))
+        return first
+
+    def unexpect(self, first: int, count: int) -> None:
+        """The controller has not queued them."""
+        for number in range(first, first + count):
+            self._pending.pop(number, None)
 
     # --- the end
 
@@ -406,10 +464,11 @@ class Connection:
                 return
             self.lost = error
             pending, self._pending = self._pending, {}
+            asked, self._asked = self._asked, {}
         payload = wire.encode_error({"ename": type(error).__name__, "evalue": str(error), "own": True})
         now = time.time()
         outcome = (Source(wire.NO_ENGINE, now), wire.Result(0, now, 0.0, 0, wire.ERROR, payload))
-        for ar, i in pending.values():
+        for ar, i in (*pending.values(), *[place for places in asked.values() for place in places]):
             ar._arrive(i, outcome)
         self._on_lost()
 

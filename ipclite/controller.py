@@ -18,6 +18,7 @@ import errno
 import gc
 import json
 import os
+import random
 import secrets
 import signal
 import socket
@@ -27,13 +28,17 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from . import __version__, config, net, wire
+from .db import Batch, Function, Section
 from .errors import AlreadyRunning, ConnectionFileError, ProtocolError
+from .queries import Desk, open_db
 from .scheduler import Scheduler
 from .tasks import Abort, Accept, EngineDown, EngineUp, Fail, Finished, Recall, Returned, Run, Spec, Submit, Task, Tick
 
 DRAIN = 64  # messages taken from one socket before the others get their turn
+SSH_KEYS = {"client": "IPController.ssh_server", "engine": "IPController.engine_ssh_server"}
 MISSED_PINGS = 3  # an agent that misses so many is gone
 LINGER_MS = 500
+DEPARTED_KEPT = 1000  # engines that have left whose ids are known
 SPECS_KEPT = 4096
 HELLO_FIELDS = {"client": {"session": str, "host": str, "pid": int}, "agent": {"uuid": str, "host": str, "pid": int},
                 "engine": {"uuid": str, "agent": str, "host": str, "pid": int}}
@@ -59,7 +64,7 @@ class ClientPeer(Peer):
     def __init__(self, sock: Any, route: bytes, name: str, session: bytes):
         super().__init__(sock, route, "client", name)
         self.session, self.live, self.gone = session, 0, False
-        self.functions: dict[str, list[Any]] = {}
+        self.functions: dict[str, Function] = {}
 
 
 class EnginePeer(Peer):
@@ -70,6 +75,16 @@ class EnginePeer(Peer):
         self.id, self.uuid, self.agent = id, body["uuid"], body["agent"]
         self.info = {"id": id, **{k: body.get(k) for k in ("uuid", "host", "pid", "agent")}}
         self.known: set[tuple[bytes, str]] = set()  # functions that it holds
+
+
+class Gather:
+    """The results of a call to several engines that are to travel together: their sections, and how many are missing."""
+
+    __slots__ = ("left", "sections")
+
+    def __init__(self, count: int):
+        self.left = count
+        self.sections: list[Any] = []
 
 
 class AgentPeer(Peer):
@@ -98,9 +113,13 @@ class Controller:
         self.agents: dict[str, AgentPeer] = {}
         self._silent_agents: dict[str, float] = {}  # agents whose engines came before they did: since when
         self._peers: dict[tuple[Any, bytes], Peer] = {}
+        self._gathers: dict[tuple[bytes, int], Gather] = {}  # by the tasks that they wait for
         self._ids: dict[str, int] = {}  # engine uuid -> id, also of engines that have left
         self._specs: dict[bytes, Spec] = {}
-        self.scheduler = Scheduler(crash_limit=options["TaskScheduler.crash_limit"], hwm=options["TaskScheduler.hwm"])
+        self.scheduler = Scheduler(crash_limit=options["TaskScheduler.crash_limit"], hwm=options["TaskScheduler.hwm"],
+                                   policy=options["TaskScheduler.scheme_name"], rng=random.Random())
+        self.db = open_db(options["IPController.db_class"], options, self._place_of)
+        self.desk = Desk(self.scheduler, self.db, self._send_to, self._submit_again)
         self._context: Any = None
         self._ports: Any = None
         self._watch: Any = None
@@ -119,7 +138,7 @@ class Controller:
             ("agent", wire.BYE): self._on_agent_bye,
         }
         self._queries: dict[str, Callable[[dict[str, Any]], Any]] = {
-            "queue_status": self._query_queue_status, "shutdown": self._query_shutdown, "signal": self._query_signal,
+            "shutdown": self._query_shutdown, "signal": self._query_signal,
         }
 
     # --- starting and stopping
@@ -131,7 +150,8 @@ class Controller:
             AlreadyRunning: a live controller owns the files.
             UserError: an address, port, directory or file can't be used.
         """
-        with config.locked(profile_dir / "security"):  # of two that start at once, one sees the files of the other
+        lock = config.connection_file(profile_dir, self.options["Application.cluster_id"], "lock").with_suffix("")
+        with config.locked(lock):  # of two that start at once, one sees the files of the other
             self._open(profile_dir)
 
     def _open(self, profile_dir: Path) -> None:
@@ -139,7 +159,7 @@ class Controller:
         paths = {role: config.connection_file(profile_dir, cluster_id, role) for role in ("client", "engine")}
         before = {role: self._previous(path) for role, path in paths.items()}
         reuse = self.options["IPController.reuse_files"]
-        old = before if reuse and all(before.values()) else {}
+        old = before if reuse and all(before.values()) and "server_secret" in before["client"] else {}
         keys = {role: net.KeyPair(old[role]["public_key"], old[role]["secret_key"]) if old else net.make_keys()
                 for role in paths}
         server = net.KeyPair(old["client"]["server_key"], old["client"]["server_secret"]) if old else net.make_keys()
@@ -148,28 +168,13 @@ class Controller:
         self._context = net.Context()
         self._context.set(net.zmq.MAX_SOCKETS, 65535)
         self._ports = net.Ports(self._context, server, self.max_task_bytes)
-        transport, ip = self.options["IPController.transport"], self.options["IPController.ip"]
-        ipc, urls = {"client": "", "engine": ""}, {"client": "", "engine": ""}
-        if transport != "tcp":
-            self._sockets_dir = config.runtime_dir() / self.run_id
-            self._sockets_dir.mkdir(mode=0o700)
-            for role in paths:
-                ipc[role] = str(self._sockets_dir / role)
-                self._ports.listen_ipc(role, ipc[role])
-        if transport != "ipc":
-            host = net.public_host(ip, self.options["IPController.location"])
-            chosen = iter(self.options["IPController.ports"])
-            for role in paths:
-                if old and old[role]["url"]:
-                    candidates: Any = [int(old[role]["url"].rpartition(":")[2])]
-                else:
-                    candidates = chosen if self.options["IPController.ports"] else [0]
-                port = self._ports.listen_tcp(role, ip, candidates)
-                urls[role] = f"tcp://{host}:{port}"
-                self.log.info("listening for %ss on tcp://%s:%d", role, ip, port)
+        ipc, urls = self._listen(old)
         for role, path in paths.items():
-            info = {"program": config.PROGRAM, "role": role, "url": urls[role], "ipc": ipc[role], "ssh": "",
-                    "location": self.options["IPController.location"] or socket.gethostname(),
+            ip = self._ip(role)
+            info = {"program": config.PROGRAM, "role": role, "url": urls[role], "ipc": ipc[role],
+                    "ssh": self.options[SSH_KEYS[role]] or (old[role].get("ssh", "") if old else ""),
+                    "location": self.options["IPController.location"] or (socket.gethostname() if net.is_loopback(ip) else
+                                                                          net.public_host(ip, "").strip("[]")),
                     "public_key": keys[role].public, "secret_key": keys[role].secret,
                     "server_key": server.public if net.has_curve() else "", "cluster_id": cluster_id,
                     "run_id": self.run_id, "protocol": wire.VERSION, "version": __version__, "pid": os.getpid(),
@@ -181,13 +186,43 @@ class Controller:
             self._files.append(path)
             self.log.info("wrote connection file %s", path)
 
+    def _ip(self, role: str) -> str:
+        return self.options[f"IPController.{role}_ip"] or self.options["IPController.ip"]
+
+    def _listen(self, old: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+        """Listen for both roles, on the ports of the files `old` if there are any; returns sockets' paths and addresses."""
+        transport = self.options["IPController.transport"]
+        ipc, urls = {"client": "", "engine": ""}, {"client": "", "engine": ""}
+        if transport != "tcp":
+            self._sockets_dir = config.runtime_dir() / self.run_id
+            self._sockets_dir.mkdir(mode=0o700)
+            for role in ipc:
+                ipc[role] = str(self._sockets_dir / role)
+                self._ports.listen_ipc(role, ipc[role])
+                self.log.info("listening for %ss on ipc://%s", role, ipc[role])
+        if transport != "ipc":
+            common = iter(self.options["IPController.ports"])
+            for role in urls:
+                if old and old[role]["url"]:
+                    candidates: Any = [int(old[role]["url"].rpartition(":")[2])]
+                elif self.options[f"IPController.{role}_ports"]:
+                    candidates = self.options[f"IPController.{role}_ports"]
+                else:
+                    candidates = common if self.options["IPController.ports"] else [0]
+                port = self._ports.listen_tcp(role, self._ip(role), candidates)
+                host = net.public_host(self._ip(role), self.options["IPController.location"])
+                urls[role] = f"tcp://{host}:{port}"
+                self.log.info("listening for %ss on tcp://%s:%d", role, self._ip(role), port)
+        return ipc, urls
+
     def _previous(self, path: Path) -> Optional[dict[str, Any]]:
         try:
             info = config.read_connection(path)
         except ConnectionFileError:
             return None
-        if info["host"] == socket.gethostname() and not config.dead_run(info):
-            raise AlreadyRunning(f"a controller (pid {info['pid']}) already serves {path}; stop it, or give this one another "
+        here = info["host"] == socket.gethostname()
+        if not config.dead_run(info) if here else net.takes_connections(info):
+            raise AlreadyRunning(f"a controller (pid {info['pid']} on {info['host']}) already serves {path}; stop it, or give this one another "
                                  "--cluster-id")
         return info
 
@@ -200,6 +235,7 @@ class Controller:
         if self._ports is not None:
             self._ports.close(LINGER_MS)
             self._context.term()
+        self.db.close()
         if not self.options["IPController.reuse_files"]:
             for path in self._files:
                 path.unlink(missing_ok=True)
@@ -312,6 +348,17 @@ class Controller:
                 raise
             self._on_unreachable(peer)
 
+    def _place_of(self, key: wire.TaskKey) -> Optional[tuple[int, str, int]]:
+        """On which engine an unfinished task is: id, uuid, attempt."""
+        task = self.scheduler.tasks.get(key)
+        engine = self.engines.get(task.engine) if task is not None and task.engine is not None else None
+        return None if task is None or engine is None else (engine.id, engine.uuid, task.attempt)
+
+    def _send_to(self, session: bytes, frames: list[Any]) -> None:
+        client = self.clients.get(session)
+        if client is not None and not client.gone:
+            self._send(client, frames)
+
     # --- who comes and goes
 
     def _on_hello(self, sock: Any, route: bytes, body: dict[str, Any]) -> None:
@@ -362,6 +409,9 @@ class Controller:
             while id in self.engines or (id != wanted and id in self._ids.values()):
                 id += 1
         self._ids[uuid] = id
+        if len(self._ids) > len(self.engines) + DEPARTED_KEPT:
+            for old in [u for u, i in self._ids.items() if i not in self.engines and i != id][: DEPARTED_KEPT // 2]:
+                del self._ids[old]
         engine = EnginePeer(sock, route, id, body)
         self.engines[id] = engine
         if engine.agent not in self.agents:
@@ -423,6 +473,7 @@ class Controller:
     def _drop_client(self, client: ClientPeer, how: str) -> None:
         self._peers.pop((client.sock, client.route), None)
         client.gone = True
+        self.desk.left(client.session)
         self.log.info("%s %s; %d of its tasks are unfinished", client.name, how, client.live)
         self._settle(client, 0)
 
@@ -469,7 +520,7 @@ class Controller:
         for raw, session, batch in wire.decode_tasks(frames):
             if session != client.session:
                 raise ProtocolError("tasks of another client's session")
-            spec = self._spec(raw)
+            spec, at = self._spec(raw), len(tasks)
             for seq, fan_out, payload in batch:
                 if fan_out <= 1:
                     tasks.append(Task((session, seq), spec, payload))
@@ -478,20 +529,43 @@ class Controller:
                     raise ProtocolError("a task for several engines does not name them")
                 if seq + fan_out > wire.SEQ_END:
                     raise ProtocolError("a task's number is too large")
-                for i, one in enumerate(self._fan(spec)):
-                    tasks.append(Task((session, seq + i), one, payload))
+                keys = [(session, seq + i) for i in range(fan_out)]
+                whole = json.loads(spec.raw)
+                if whole.pop("coalesce", False):
+                    self._gathers.update(dict.fromkeys(keys, Gather(fan_out)))
+                tasks += [Task(key, one, payload) for key, one in zip(keys, self._fan(whole))]
+            if self.db.keeps and batch:
+                self._record(client, spec, tasks[at:], len(batch))
+        self._submit(client, tasks)
+
+    def _submit(self, client: ClientPeer, tasks: list[Task]) -> None:
         client.live += len(tasks)
         self._carry_out(self.scheduler.handle(Submit(tasks), time.monotonic()))
 
-    def _fan(self, spec: Spec) -> list[Spec]:
-        """One spec per target of `spec`, cached like every other."""
-        whole = json.loads(spec.raw)
-        return [self._spec(json.dumps({**whole, "targets": [t]}).encode()) for t in spec.targets or ()]
+    def _submit_again(self, client: ClientPeer, tasks: list[Task]) -> None:
+        for task in tasks:
+            self._record(client, task.spec, [task], 1)
+        self._submit(client, tasks)
+
+    def _record(self, client: ClientPeer, spec: Spec, tasks: list[Task], sent: int) -> None:
+        """Put tasks on record: `sent` tasks with this spec became these."""
+        seqs = [task.key[1] for task in tasks]
+        fan, rest = divmod(len(tasks), sent)
+        if rest or (fan > 1 and seqs[-1] - seqs[0] != len(seqs) - 1) or (fan == 1 and tasks[0].spec is not spec):
+            for task in tasks:
+                self._record(client, task.spec, [task], 1)
+            return
+        function = client.functions.get(spec.fn) if spec.fn else None
+        self.db.submitted(Batch(client.session, spec.raw, seqs, [task.payload for task in tasks], time.time(), function, fan))
+
+    def _fan(self, whole: dict[str, Any]) -> list[Spec]:
+        """One spec per target of a spec, cached like every other."""
+        return [self._spec(json.dumps({**whole, "targets": [t]}).encode()) for t in whole["targets"]]
 
     def _on_function(self, client: ClientPeer, frames: list[Any]) -> None:
         if len(frames) < 3:
             raise ProtocolError("a function without its bytes")
-        client.functions[bytes(frames[1]).hex()] = frames[2:]
+        client.functions[bytes(frames[1]).hex()] = Function(frames[2:])
 
     def _on_forget(self, client: ClientPeer, frames: list[Any]) -> None:
         for digest in frames[1:]:
@@ -511,6 +585,8 @@ class Controller:
             self.clients.pop(client.session, None)
             for digest in list(client.functions):
                 self._forget(client, digest)
+            for key in [key for key in self._gathers if key[0] == client.session]:
+                del self._gathers[key]
 
     def _on_abort(self, client: ClientPeer, frames: list[Any]) -> None:
         session, ids = wire.decode_ids(frames)
@@ -527,11 +603,15 @@ class Controller:
                 self._control([self.engines[engine_id]], {"op": "interrupt", "tasks": tasks})
 
     def _on_query(self, client: ClientPeer, frames: list[Any]) -> None:
-        body = wire.decode_dict(frames)
+        body = wire.decode_query(frames)
         if type(body.get("id")) is not int:
             raise ProtocolError("a query without a number")
         reply: dict[str, Any] = {"id": body["id"]}
-        query = self._queries.get(str(body.get("what")))
+        what = str(body.get("what"))
+        if what in self.desk.table:
+            reply.update(self.desk.answer(client, {**body, "what": what}))
+            return self._send(client, wire.encode_query(wire.REPLY, reply))
+        query = self._queries.get(what)
         try:
             reply["value"] = query(body) if query else None
             if query is None:
@@ -543,9 +623,6 @@ class Controller:
     def _targets(self, body: dict[str, Any]) -> list[EnginePeer]:
         wanted = body["targets"]
         return list(self.engines.values()) if wanted is None else [self.engines[t] for t in wanted if t in self.engines]
-
-    def _query_queue_status(self, body: dict[str, Any]) -> Any:
-        return self.scheduler.queue_status([e.id for e in self._targets(body)])
 
     def _query_shutdown(self, body: dict[str, Any]) -> Any:
         if body["hub"]:
@@ -574,10 +651,13 @@ class Controller:
             self._carry_out(effects, (records, section))
 
     def _on_output(self, engine: EnginePeer, frames: list[Any]) -> None:
-        session, engine_id, _ = wire.decode_output(frames)
+        session, engine_id, pieces = wire.decode_output(frames)
         client = self.clients.get(session)
         if engine_id != engine.id:
             raise ProtocolError("output of another engine")
+        self.db.output(session, pieces)
+        if self.desk.watchers:
+            self.desk.output(session, engine_id, pieces)
         if client is not None and not client.gone:
             self._send(client, frames)
 
@@ -593,6 +673,7 @@ class Controller:
                 self._run_on(effect)
             elif type(effect) is Accept:
                 self._deliver(effect, *arrived)  # type: ignore[misc]
+                self._keep(effect, *arrived)  # type: ignore[misc]
             elif type(effect) is Fail:
                 self._fail(effect)
             elif type(effect) is Recall:
@@ -609,39 +690,79 @@ class Controller:
         for task in effect.tasks:
             if task.spec is not spec or task.key[0] != session:
                 if section:
-                    message += wire.encode_tasks(spec.raw, session, section)
+                    message += self._section(engine, spec, session, section)
                     section = []
                 spec, session = task.spec, task.key[0]
                 if spec.fn and (session, spec.fn) not in engine.known:
                     function = self.clients[session].functions.get(spec.fn)
                     if function is not None:
                         engine.known.add((session, spec.fn))
-                        self._send(engine, [wire.FUNCTION, session + bytes.fromhex(spec.fn), *function])
+                        self._send(engine, [wire.FUNCTION, session + bytes.fromhex(spec.fn), *function.frames])
             section.append((task.key[1], task.attempt, task.payload))
-        message += wire.encode_tasks(spec.raw, session, section)
+        message += self._section(engine, spec, session, section)
         self._send(engine, message)
+
+    def _section(self, engine: EnginePeer, spec: Spec, session: bytes, tasks: list[Any]) -> list[Any]:
+        if self.db.keeps:
+            self.db.assigned(session, engine.id, engine.uuid, tasks)
+        return wire.encode_tasks(spec.raw, session, tasks)
 
     def _deliver(self, effect: Accept, records: list[Any], section: list[Any]) -> None:
         client = self.clients.get(effect.session)
         if client is None:
             return
         if not client.gone:
-            if effect.positions is not None:
+            if effect.positions is not None or self._gathers:
                 results = list(wire.section_results(records, section))
-                section = wire.encode_results(effect.session, effect.engine_id, [results[i] for i in effect.positions])
-            self._send(client, [wire.RESULTS, *section])
+                if effect.positions is not None:
+                    results = [results[i] for i in effect.positions]
+                self._answer(client, effect.engine_id, results)
+            else:
+                self._send(client, [wire.RESULTS, *section])
         self._settle(client, len(records) if effect.positions is None else len(effect.positions))
+
+    def _keep(self, effect: Accept, records: list[Any], section: list[Any]) -> None:
+        """Results that count, for the record and for whoever wants them besides the client that gets them."""
+        if not self.db.keeps and not self.desk.watchers:
+            return
+        if effect.positions is not None:
+            results = list(wire.section_results(records, section))
+            records = [records[i] for i in effect.positions]
+            section = wire.encode_results(effect.session, effect.engine_id, [results[i] for i in effect.positions])
+        engine = self.engines.get(effect.engine_id)
+        uuid = engine.uuid if engine is not None else ""
+        self.db.finished(Section(effect.session, effect.engine_id, uuid, time.time(), [r[0] for r in records], section))
+        if self.desk.watchers:
+            self.desk.results(effect.session, section)
 
     def _fail(self, effect: Fail) -> None:
         session, seq = effect.task.key
+        payload = wire.encode_error({"ename": effect.ename, "evalue": effect.message, "own": True})
+        result = wire.Result(seq, time.time(), 0.0, effect.task.attempt, wire.ERROR, payload)
         client = self.clients.get(session)
-        if client is None:
-            return
-        if not client.gone:
-            payload = wire.encode_error({"ename": effect.ename, "evalue": effect.message, "own": True})
-            result = wire.Result(seq, time.time(), 0.0, effect.task.attempt, wire.ERROR, payload)
-            self._send(client, [wire.RESULTS, *wire.encode_results(session, wire.NO_ENGINE, [result])])
-        self._settle(client, 1)
+        if client is not None:
+            if not client.gone:
+                self._answer(client, wire.NO_ENGINE, [result])
+            self._settle(client, 1)
+        self._keep(Accept(wire.NO_ENGINE, session, None), [result], wire.encode_results(session, wire.NO_ENGINE, [result]))
+
+    def _answer(self, client: ClientPeer, engine_id: int, results: list[wire.Result]) -> None:
+        """Send results, or put them by until those that they are to travel with are here."""
+        at_once: list[wire.Result] = []
+        message: list[Any] = [wire.RESULTS]
+        for result in results:
+            gather = self._gathers.pop((client.session, result.seq), None)
+            if gather is None:
+                at_once.append(result)
+                continue
+            gather.left -= 1
+            gather.sections += wire.encode_results(client.session, engine_id, [result])
+            if not gather.left:
+                message += gather.sections
+        if at_once:
+            message += wire.encode_results(client.session, engine_id, at_once)
+        if len(message) > 1:
+            self._send(client, message)
 
     def _recall(self, effect: Recall) -> None:
         engines = [self.engines[effect.engine_id]] if effect.engine_id in self.engines else []
@@ -656,11 +777,17 @@ def serve(argv: list[str]) -> int:
         config.enter_work_dir(settings["Application.work_dir"])
     gc.freeze()  # what exists now stays; tasks are freed by reference count, so the collector has little to find
     gc.set_threshold(50_000, 20, 100)
+    files = config.raise_file_limit()
     controller = Controller(settings, log)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, lambda n, _: controller.stop(f"it got {signal.Signals(n).name}"))
     try:
         controller.open(settings.profile_dir)
+        hwm = settings["TaskScheduler.hwm"]
+        log.info("profile directory %s; open files up to %d", settings.profile_dir, files)
+        log.info("database %s; scheduler %s, %s", settings["IPController.db_class"], settings["TaskScheduler.scheme_name"],
+                 "tasks ahead as their run time tells" if hwm is None else f"{hwm or 'any number of'} tasks ahead")
+        log.info("heartbeat every %d ms", settings["HeartMonitor.period"])
         log.info("controller started (pid %d, run %s)", os.getpid(), controller.run_id)
         controller.run()
         log.info("controller stopped: %s", controller.end)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ast
 import atexit
+import binascii
 import builtins
 import contextlib
 import faulthandler
@@ -41,7 +42,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from . import config, net, pack, wire
-from .errors import ConfigError, ConnectError, ConnectionFileError, ProtocolError, TaskTimeout, UserError
+from .errors import ConfigError, ConnectError, ConnectionFileError, ProtocolError, TaskTimeout, UnmetDependency, UserError
 
 FLUSH_S = 0.002  # a result waits at most this long for others to travel with ...
 COURIER_S = 0.005  # ... or this long if the task after it is a slow one
@@ -53,6 +54,8 @@ INTERRUPT_GRACE_S = 2.0  # between interrupting a task and killing its engine
 WATCH_S = 0.25  # between two looks of the agent at its engines
 TAIL_BYTES = 2000  # of an engine's log that explain its end
 
+REPRS = (("text/html", "_repr_html_"), ("text/markdown", "_repr_markdown_"), ("text/latex", "_repr_latex_"),
+         ("image/svg+xml", "_repr_svg_"), ("image/png", "_repr_png_"), ("image/jpeg", "_repr_jpeg_"))
 _CELL = struct.Struct("=8sQd")  # session, number + 1 of the running task (0: none), monotonic time by which it must end (0: none)
 _CELL_ID = struct.Struct("=q")  # behind it: the engine's id
 CELL_SIZE = 64  # one cache line each
@@ -122,6 +125,7 @@ class Engine:
         self._leash, self._cell = leash, cell
         self._context: Any = None
         self._link: Any = None
+        self._tunnel: Any = None
         self._watch: Any = None
         self._io = threading.Lock()
         self._queue: deque[tuple[Job, int, int, Any]] = deque()
@@ -145,6 +149,7 @@ class Engine:
         for fd in (self._bell_w, self._wake_r, self._wake_w):
             os.set_blocking(fd, False)
         self.namespace: dict[str, Any] = {}
+        self._executed = 0  # pieces of code, for the numbers that notebooks show
         self._ops: dict[str, Callable[..., Any]] = {
             "apply": self._op_apply, "map": self._op_map, "execute": self._op_execute, "push": self._op_push,
             "pull": self._op_pull, "clear": self._op_clear,
@@ -160,12 +165,13 @@ class Engine:
         self._reset_namespace()
         self._stdout, self._stderr = Stream("stdout", self._emit, 1), Stream("stderr", self._emit, 2)
         sys.stdout, sys.stderr = self._stdout, self._stderr  # type: ignore[assignment]
+        pack.on_publish(self._publish)
         signal.signal(signal.SIGINT, self._on_sigint)
         signal.signal(signal.SIGTERM, self._on_sigterm)
         threading.Thread(target=self._courier, name="courier", daemon=True).start()
         self._context = net.Context()
         try:
-            self._join()
+            self._join_soon(self.read_info()["reuse"])
             self._run_startup()
             while self._stopping is None:
                 with self._queue_lock:
@@ -185,7 +191,12 @@ class Engine:
         """Connect and register; the caller owns the socket."""
         hello = {"role": "engine", "protocol": wire.VERSION, "uuid": self.uuid, "agent": self.agent, "id": self.id,
                  "host": socket.gethostname(), "pid": os.getpid(), "python": sys.version.split()[0]}
-        link, welcome = net.greet(self._context, self.read_info(), hello)
+        info = self.read_info()
+        if net.needs_tunnel(info) and self._tunnel is None:
+            from .tunnel import Shared
+
+            self._tunnel = Shared(_tunnel_name(self.agent))
+        link, welcome = net.greet(self._context, info, hello, tunnel=self._tunnel)
         self._functions.clear()  # the controller counts on nothing that an earlier connection brought
         self._link, self.id = link, welcome["id"]
         _CELL_ID.pack_into(self._cell, _CELL.size, self.id)
@@ -199,11 +210,17 @@ class Engine:
         self._results.clear()
         self._link.close()
         self.log.warning("engine %s registers again", self.id)
+        self._join_soon(True)
+
+    def _join_soon(self, patient: bool) -> None:
+        """Connect and register; if `patient`, also with a controller that is away and may come back."""
         deadline = time.monotonic() + REJOIN_S
         while self._stopping is None:
             try:
                 return self._join()
             except UserError as e:
+                if not patient:
+                    raise
                 if time.monotonic() > deadline:
                     self._stopping = str(e)
                 time.sleep(0.2)
@@ -229,7 +246,7 @@ class Engine:
 
     def _reset_namespace(self) -> None:
         self.namespace.clear()
-        self.namespace.update({"__name__": "__main__", "__doc__": None, "__builtins__": builtins})
+        self.namespace.update({"__name__": "__main__", "__doc__": None, "__builtins__": builtins, "__spec__": None})
 
     def _run_startup(self) -> None:
         for source, name in self.startup:
@@ -330,7 +347,7 @@ class Engine:
         pieces: dict[bytes, list[list[Any]]] = {}
         for session, seq, name, text in output:
             mine = pieces.setdefault(session, [])
-            if mine and mine[-1][0] == seq and mine[-1][1] == name:
+            if mine and mine[-1][0] == seq and mine[-1][1] == name != "data":
                 mine[-1][2].append(text)
             else:
                 mine.append([seq, name, [text]])
@@ -426,6 +443,12 @@ class Engine:
         else:
             self._arm_courier()
 
+    def _publish(self, data: dict[str, Any]) -> None:
+        """Send data of the running task to its client while it runs."""
+        if not self._current[0] or os.getpid() != self._pid:
+            raise RuntimeError("only a task can publish data, and not from another process")
+        self._emit("data", binascii.b2a_base64(pack.pack_whole(data), newline=False).decode())
+
     # --- running tasks: each `_op_` unpacks its payload, does what its name says and returns the packed value
 
     def _run_task(self, job: Job, seq: int, attempt: int, payload: Any) -> None:
@@ -449,7 +472,7 @@ class Engine:
         except BaseException as e:
             if limit and isinstance(e, KeyboardInterrupt) and time.monotonic() > limit:
                 e = TaskTimeout(f"the task ran longer than its run_timeout of {job.run_timeout:g} s")
-            packed, status = pack.pack_error(e, self._where()), wire.ERROR
+            packed, status = pack.pack_error(e, self._where()), wire.UNMET if type(e) is UnmetDependency else wire.ERROR
         ended = time.time()
         self._results.append((session, wire.Result(seq, started, ended - started, attempt, status, packed)))
         if not self._queue or ended - self._flushed > FLUSH_S or type(packed) is not bytes:
@@ -470,8 +493,10 @@ class Engine:
             raise ProtocolError(f"the function {job.fn} never arrived")
         if type(held) is list:
             names: dict[str, Any] = {}
-            function = pack.unpack(held if len(held) > 1 else bytes(held[0]), self.namespace, names)
-            held = self._functions[key] = (function, names, pack.merged(names) if names else None)
+            payload = held if len(held) > 1 else bytes(held[0])
+            held = (pack.unpack(payload, self.namespace, names), names, pack.merged(names) if names else None)
+            if not pack.is_live(payload):
+                self._functions[key] = held
         return held  # type: ignore[no-any-return]
 
     def _arguments(self, payload: Any, names: dict[str, Any], extended: Any) -> tuple[Any, Any]:
@@ -496,12 +521,16 @@ class Engine:
         failures: dict[int, Any] = {}
         calls = map(function, *sequences)
         with pack.lend(self.namespace, extended):
+            if job.body.get("retries"):  # another engine is to try again
+                values.extend(calls)
             while True:
                 try:
                     values.extend(calls)  # what came before an exception stays in the list
                     if len(values) >= len(sequences[0]):
                         break
                     raise RuntimeError("the function raised StopIteration")  # as PEP 479 has it for generators
+                except UnmetDependency:  # the whole chunk goes elsewhere
+                    raise
                 except Exception as e:
                     failures[len(values)] = bytes(pack.pack_error(e, self._where()))
                     values.append(None)
@@ -512,17 +541,21 @@ class Engine:
         linecache.cache[name] = (len(source), None, source.splitlines(True), name)
         tree = ast.parse(source, name)
         last = tree.body.pop() if show and tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        self._executed += 1
         exec(compile(tree, name, "exec"), self.namespace)
-        if last is None:
-            return pack.pack(None)
-        value = eval(compile(ast.Expression(last.value), name, "eval"), self.namespace)
+        value = None if last is None else eval(compile(ast.Expression(last.value), name, "eval"), self.namespace)
         if value is not None:
             self.namespace["_"] = value
-        return pack.pack(None if value is None else repr(value))
+        return pack.pack((self._executed, _mime_bundle(value)))
 
     def _op_push(self, job: Job, payload: Any) -> Any:
         names: dict[str, Any] = {}
-        self.namespace.update(pack.unpack(payload, self.namespace, names))
+        for name, value in pack.unpack(payload, self.namespace, names).items():
+            owner, _, attribute = name.rpartition(".")
+            if owner:
+                setattr(eval(owner, self.namespace), attribute, value)
+            else:
+                self.namespace[name] = value
         for name, value in names.items():  # functions that were pushed stay, and so must what they refer to
             self.namespace.setdefault(name, value)
         return pack.pack(None)
@@ -539,6 +572,26 @@ class Engine:
 
     def _op_unknown(self, job: Job, payload: Any) -> Any:
         raise ProtocolError(f"this engine does not know the operation {job.body.get('op')!r}; is its ipclite older than the client's?")
+
+
+def _mime_bundle(value: Any) -> dict[str, Any]:
+    """What a notebook shows of a value, by MIME type; nothing of None."""
+    if value is None:
+        return {}
+    bundle: dict[str, Any] = {"text/plain": repr(value)}
+    for mime, name in REPRS if not isinstance(value, type) else ():
+        try:
+            shown = getattr(value, name, lambda: None)()
+        except Exception:  # as in a notebook: it is told, and the other forms are shown
+            traceback.print_exc()
+            continue
+        if isinstance(shown, (str, bytes)):
+            bundle[mime] = binascii.b2a_base64(shown, newline=False).decode() if isinstance(shown, bytes) else shown
+    return bundle
+
+
+def _tunnel_name(agent: str) -> str:
+    return agent[:16]
 
 
 def _end_fork() -> None:
@@ -620,6 +673,7 @@ class Agent:
         self._startup = _startup_code(settings)
         self._context: Any = None
         self._link: Any = None
+        self._tunnel: Any = None
         self._sources: Any = None
         self._end: Optional[str] = None
         self._heard = 0.0
@@ -715,13 +769,16 @@ class Agent:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(signum, lambda n, _: self.stop(f"it got {_signal_name(n)}"))
-        self.fork_engines(self.settings["IPEngine.n"])
         try:
+            self._make_tunnel(self.read_info())
+            self.fork_engines(self.settings["IPEngine.n"])
             self._context = net.Context()
-            self._join()
+            self._first_join()
             while self._end is None:
                 self._turn()
         except UserError as e:
+            if self._end is not None:  # what was going on was broken off
+                return 0
             self.failed = True
             self.stop(str(e))
             raise
@@ -732,10 +789,31 @@ class Agent:
     def stop(self, reason: str) -> None:
         """Leave the loop soon."""
         self._end = self._end or reason
+        if self._link is None and self._tunnel is not None:
+            self._tunnel.abandon()
+
+    def _make_tunnel(self, info: dict[str, Any]) -> None:
+        """See to it that there is a tunnel, if one is needed, before engines look for it."""
+        if not net.needs_tunnel(info):
+            return
+        from .tunnel import Tunnel
+
+        self._tunnel = Tunnel(_tunnel_name(self.uuid), self.settings["IPEngine.sshkey"])
+        net.tunnel_to(info, self._tunnel)
+
+    def _first_join(self) -> None:
+        info = self.read_info()
+        try:
+            self._join()
+        except ConnectError as e:
+            if not info["reuse"]:
+                raise
+            self._join_soon(info, str(e))
 
     def _join(self) -> None:
         self._link, welcome = net.greet(self._context, self.read_info(), {
-            "role": "agent", "protocol": wire.VERSION, "uuid": self.uuid, "host": socket.gethostname(), "pid": os.getpid()})
+            "role": "agent", "protocol": wire.VERSION, "uuid": self.uuid, "host": socket.gethostname(), "pid": os.getpid()},
+            tunnel=self._tunnel)
         self._heard, self._silence_s = time.monotonic(), welcome["silence_s"]
         self._sources = net.Watch([self._link.sock, self._link.monitor, self._wake_r])
 
@@ -836,21 +914,26 @@ class Agent:
         """The connection is gone: come back if the controller does, else end."""
         self.log.warning("%s", why)
         self._link.close()
-        link, self._link = self._link, None
+        info, self._link = self._link.info, None
+        self._join_soon(info, why)
+
+    def _join_soon(self, info: dict[str, Any], why: str) -> None:
+        """Register with a controller that is away and may come back; `info` is its connection file as it was."""
         deadline = time.monotonic() + REJOIN_S
         while self._end is None:
-            if not link.info["reuse"] and net.controller_gone(link.info):
+            if not info["reuse"] and net.controller_gone(info):
                 return self.stop(f"the controller is gone: {why}")
             try:
                 self._join()
             except (ConnectError, ConnectionFileError) as e:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or not getattr(e, "passing", True):
                     return self.stop(f"the controller is gone: {e}")
-                if select.select([self._wake_r], [], [], 0.2)[0]:
+                if select.select([self._wake_r], [], [], 0.2 if self._tunnel is None else 1.0)[0]:
                     os.read(self._wake_r, 4096)
                 self._reap()
             else:
-                for child in self.children.values():
+                # To the same run we were dead, and so were our engines; from another they part by themselves.
+                for child in self.children.values() if self._link.info["run_id"] == info["run_id"] else ():
                     self._order(child, {"op": "rejoin"})
                 return None
 
@@ -875,6 +958,8 @@ class Agent:
             self._link.close(500)
         if self._context is not None:
             self._context.term()
+        if self._tunnel is not None:
+            self._tunnel.close()
         self.log.info("agent stopped: %s", self._end)
 
 
@@ -911,12 +996,17 @@ class InfoFile:
 
     Args:
         path: where it is or will be; `text` is its content instead, when a launcher passed it by environment.
+        ssh, location: what the user says instead of the file, or "".
     """
 
-    def __init__(self, path: Path, text: Optional[str], log: Any):
+    def __init__(self, path: Path, text: Optional[str], log: Any, ssh: str = "", location: str = ""):
         self.path, self.text, self.log = path, text, log
+        self._changes = {**({"ssh": ssh, "ipc": ""} if ssh else {}), **({"location": location} if location else {})}
 
     def __call__(self) -> dict[str, Any]:
+        return {**self._read(), **self._changes}
+
+    def _read(self) -> dict[str, Any]:
         if self.text is not None:
             return config.check_connection(json.loads(self.text), "the connection information in the environment", "engine", wire.VERSION)
         return config.read_connection(self.path, "engine", wire.VERSION)
@@ -931,7 +1021,8 @@ class InfoFile:
         told = ""
         while True:
             try:
-                dead = config.dead_run(self())
+                info = self()
+                dead = "" if "ssh" in self._changes else config.dead_run(info)
                 if not dead:
                     return
                 trouble = f"{self.path} is of a run that has ended ({dead})"
@@ -951,12 +1042,14 @@ def serve(argv: list[str]) -> int:
     """Run an agent and its engines until they end. Returns the exit code."""
     settings = config.parse("engine", argv)
     log = config.setup_logging("ipengine", settings["Application.log_level"], settings.log_file)
+    config.raise_file_limit()
     if settings["Application.work_dir"]:
         config.enter_work_dir(settings["Application.work_dir"])
     path = settings["IPEngine.url_file"] or config.connection_file(
         settings.profile_dir, settings["Application.cluster_id"], "engine")
     config.make_profile_dir(settings.profile_dir)
-    info = InfoFile(Path(path), os.environ.get("IPP_CONNECTION_INFO"), log)
+    info = InfoFile(Path(path), os.environ.get("IPP_CONNECTION_INFO"), log, settings["IPEngine.sshserver"],
+                    settings["IPEngine.location"])
     pack.pack_function(lambda: None)  # imports what engines need, once for all of them
     info.wait(settings["IPEngine.timeout"], settings["IPEngine.parent"])
     return Agent(settings, info, log).run()

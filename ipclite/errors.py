@@ -47,6 +47,14 @@ class ConnectError(UserError, TimeoutError):
     """The controller could not be reached, or refused us. Names the step that failed."""
 
 
+class TunnelError(ConnectError):
+    """There is no ssh tunnel to the controller. `passing` tells whether it may be there at the next try."""
+
+    def __init__(self, message: str, passing: bool = False):
+        super().__init__(message)
+        self.passing = passing
+
+
 class AlreadyRunning(UserError):
     """A cluster with this id runs already in this profile."""
 
@@ -59,7 +67,7 @@ class AlreadyStopped(UserError):
     exit_code = EXIT_ALREADY_STOPPED
 
 
-class NoCluster(UserError):
+class NoCluster(UserError, FileNotFoundError):
     """There is no cluster with this id."""
 
     exit_code = EXIT_NO_CLUSTER
@@ -67,6 +75,10 @@ class NoCluster(UserError):
 
 class LauncherError(UserError):
     """A controller or engines could not be started, or ended before they were ready."""
+
+
+class NotRunning(LauncherError):
+    """What a launcher's state describes is not running any more."""
 
 
 class ProtocolError(IPythonError):
@@ -123,6 +135,16 @@ class DependencyTimeout(ImpossibleDependency):
 
 class InvalidDependency(ImpossibleDependency):
     """A dependency names something that does not exist."""
+
+
+class NoRecord(KernelError, KeyError):
+    """The controller's database has nothing about the task."""
+
+    __str__ = Exception.__str__  # KeyError would show the sentence in quotes
+
+
+class RecordExpired(NoRecord):
+    """The database had a record of the task, and dropped it: to stay within a limit, or because it was purged."""
 
 
 # IPython Parallel's `TimeoutError` is the built-in class, so `except ipp.TimeoutError` works.

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import socket
@@ -25,18 +26,14 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type, Union
 
 from . import config
-from .errors import ConfigError, LauncherError
+from .errors import ConfigError, LauncherError, NotRunning
 
 POLL_S = 0.02  # between two looks at a process that is not our child
 TAIL_BYTES = 64 * 1024
 StopCallback = Callable[[Dict[str, Any]], Any]
-
-
-class NotRunning(LauncherError):
-    """What a launcher's state describes is not running any more."""
 
 
 class Process(NamedTuple):
@@ -85,6 +82,25 @@ def exit_reason(code: Optional[int]) -> str:
         return f"was killed by {signal.Signals(-code).name}"
     except ValueError:
         return f"was killed by signal {-code}"
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Signals that would end us take effect at the end of the block, so that what it starts is known by then."""
+    before: Dict[int, Any] = {}
+    came: List[Tuple[int, Any]] = []
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            signum = getattr(signal, name, None)
+            if signum is not None and callable(signal.getsignal(signum)):
+                before[signum] = signal.signal(signum, lambda *how: came.append(how))
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        for signum, frame in came:
+            before[signum](signum, frame)
 
 
 def relatives(pid: int, kinship: str) -> List[int]:
@@ -270,6 +286,7 @@ class LocalProcessLauncher(BaseLauncher):
     patience_s = 0.0  # beyond stop_seconds_until_kill
     process: Process
     output_file: Optional[Path] = None
+    elsewhere = ""  # the host it runs on, if it is not this one
 
     def start(self) -> None:
         """Start it; a log directory that can't be written is an error."""
@@ -300,6 +317,7 @@ class LocalProcessLauncher(BaseLauncher):
         """SIGTERM, and SIGKILL to its whole session after `stop_seconds_until_kill`."""
         if self.state != "running":
             return
+        self._must_be_here()
         self.process.send(signal.SIGTERM)
         if not self.process.wait(self.options.get("stop_seconds_until_kill", 5.0) + self.patience_s):
             config.log("launchers").warning("Killing the %s, pid %d: it ignores SIGTERM.", self.role, self.process.pid)
@@ -310,7 +328,12 @@ class LocalProcessLauncher(BaseLauncher):
 
     def signal(self, signum: int) -> None:
         """Signal the process."""
+        self._must_be_here()
         self.process.send(signum)
+
+    def _must_be_here(self) -> None:
+        if self.elsewhere:
+            raise LauncherError(f"The {self.role} of cluster {self.cluster_id!r} runs on {self.elsewhere}; go there.")
 
     def _relatives(self, kinship: str) -> List[Process]:
         pids = relatives(self.process.pid, kinship) if self.process.poll()[0] else []
@@ -320,6 +343,8 @@ class LocalProcessLauncher(BaseLauncher):
         """Is it running?"""
         if self.state != "running":
             return False
+        if self.elsewhere:
+            return True  # as far as can be told from here
         alive, code = self.process.poll()
         if not alive:
             self.notify_stop({"pid": self.process.pid, "exit_code": code, "reason": exit_reason(code)})
@@ -345,7 +370,7 @@ class LocalProcessLauncher(BaseLauncher):
 
     def to_dict(self) -> Dict[str, Any]:
         """What `from_dict` needs."""
-        return {**super().to_dict(), "host": socket.gethostname(), "pid": self.process.pid,
+        return {**super().to_dict(), "host": self.elsewhere or socket.gethostname(), "pid": self.process.pid,
                 "pid_start": self.process.started, "output_file": os.fspath(self.output_file or "")}
 
     @classmethod
@@ -355,10 +380,10 @@ class LocalProcessLauncher(BaseLauncher):
         self = cls(profile_dir=state["profile_dir"], cluster_id=state["cluster_id"], options=options, owned=False,
                    **more)
         self.output_file = Path(state["output_file"])
-        if state["host"] != socket.gethostname():
-            raise LauncherError(f"The {self.role} of cluster {self.cluster_id!r} runs on {state['host']}; go there.")
         self.process = Process(state["pid"], state["pid_start"])
-        if not self.process.poll()[0]:
+        if state["host"] != socket.gethostname():
+            self.elsewhere = state["host"]
+        elif not self.process.poll()[0]:
             last = (self.get_output().splitlines() or [""])[-1]
             raise NotRunning(f"The {self.role}, pid {self.process.pid}, has ended. {last}".rstrip())
         self.notify_start({"pid": self.process.pid})
@@ -380,6 +405,7 @@ class LocalEngineSetLauncher(LocalProcessLauncher, EngineLauncher):
 
     def signal(self, signum: int) -> None:
         """Signal each engine, not the agent."""
+        self._must_be_here()
         for process in self._relatives("children"):
             process.send(signum)
 
@@ -388,6 +414,8 @@ LAUNCHERS: Dict[Tuple[str, str], Type[BaseLauncher]] = {
     ("controller", "local"): LocalControllerLauncher,
     ("engine", "local"): LocalEngineSetLauncher,
 }
+# Short names of launchers that IPython Parallel has and this version has not.
+ABSENT = ("batch", "htcondor", "lsf", "mpi", "pbs", "sge", "slurm", "ssh", "sshproxy", "windowshpc", "winhpc")
 
 
 def launcher_name(kind: Type[BaseLauncher]) -> str:
@@ -409,11 +437,14 @@ def find_launcher(role: str, name: Union[str, Type[BaseLauncher]]) -> Type[BaseL
     if isinstance(name, type):
         return name
     short = name.lower() if "." not in name else name.rpartition(".")[2].lower()
+    system = re.sub("(engineset|engine|controller)?launcher$", "", short)
     for (its_role, its_name), launcher in LAUNCHERS.items():
         if its_role == role and short in (its_name, launcher.__name__.lower()):
             return launcher
     module, _, attribute = name.rpartition(".")
     names = ", ".join(its_name for its_role, its_name in LAUNCHERS if its_role == role)
+    if system in ABSENT and (not module or module.partition(".")[0] == "ipyparallel"):
+        raise ConfigError(f"The {role} launcher {name!r} is not in this version; choose from {names}.")
     if not module:
         raise ConfigError(f"There is no {role} launcher {name!r}; choose from {names}, or give a class by its "
                           "dotted path.")

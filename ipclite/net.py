@@ -44,6 +44,9 @@ _MONITORED = (zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETA
               | zmq.EVENT_CONNECTED)
 
 
+WELCOME_FIELDS = {"run_id": str, "cluster_id": str, "silence_s": (int, float), "max_task_bytes": int}
+
+
 class KeyPair(NamedTuple):
     """A CURVE key pair in Z85 text."""
 
@@ -154,21 +157,21 @@ class Link:
     Args:
         context: the process's zmq context.
         info: the connection file's content.
+        tunnel: leads there if that says `ssh`; has `reach` and `trouble` like `tunnel.Tunnel`.
     """
 
-    def __init__(self, context: Any, info: dict[str, Any]):
+    def __init__(self, context: Any, info: dict[str, Any], tunnel: Any = None):
         self.info = info
         self.local = is_local(info)
-        self.address = f"ipc://{info['ipc']}" if self.local else info["url"]
+        self.tunnel = tunnel if needs_tunnel(info) else None
+        self.address = f"ipc://{info['ipc']}" if self.local else "tcp://%s:%d" % endpoint(info)
+        self._door = self.address  # what is dialled
         self._context = context
         self.sock = context.socket(zmq.DEALER)
         _prepare(self.sock)
         self.sock.setsockopt(zmq.RECONNECT_IVL, -1)
         self.sock.setsockopt(zmq.SNDTIMEO, 0)  # once the connection is broken, sending would block for ever
         if not self.local:
-            if not info["url"]:
-                raise ConnectError(f"the controller on {info['host']} listens on that host only; restart it with --ip=* "
-                                   "(or --ip=ADDRESS) to reach it from here")
             if info["server_key"]:
                 self.sock.curve_serverkey = info["server_key"].encode()
                 self.sock.curve_publickey = info["public_key"].encode()
@@ -176,15 +179,39 @@ class Link:
         self.monitor = self.sock.get_monitor_socket(_MONITORED)
         self.lost: Optional[str] = None  # why, once the connection is broken
 
+    def find(self, timeout_s: float) -> None:
+        """Find the way: look up the host's name, or make the ssh tunnel.
+
+        Raises:
+            ConnectError: naming the step that failed and the address.
+        """
+        if self.tunnel is not None:
+            self.address += f" through ssh to {self.info['ssh']}"
+            self._door = tunnel_to(self.info, self.tunnel, timeout_s)
+        elif needs_tunnel(self.info):
+            raise ConnectError(f"the controller on {self.info['host']} is reached through ssh to {self.info['ssh']} only")
+        elif not self.local:
+            _resolve(self.address)
+
     def dial(self, timeout_s: float = HANDSHAKE_S) -> None:
         """Connect and wait for the handshake.
 
         Raises:
             ConnectError: naming the step that failed and the address.
         """
-        if not self.local:
-            _resolve(self.address)
-        self.sock.connect(self.address)
+        try:
+            self._dial(timeout_s)
+        except ConnectError as e:
+            if self.tunnel is None and not self.local and is_loopback(endpoint(self.info)[0]) \
+                    and self.info["host"] != stdsocket.gethostname():
+                raise ConnectError(f"the controller on {self.info['host']} listens on that host only ({self.address}) and can't be reached "
+                                   "from here; restart it with --ip=* (or --ip=ADDRESS), or go through ssh to that host with "
+                                   f"--ssh={self.info['host']} (sshserver=)") from None
+            trouble = self.tunnel.trouble() if self.tunnel is not None else ""
+            raise ConnectError(f"{e}: {trouble}") if trouble else e from None
+
+    def _dial(self, timeout_s: float) -> None:
+        self.sock.connect(self._door)
         deadline = time.monotonic() + timeout_s
         connected = False
         while True:
@@ -213,11 +240,15 @@ class Link:
         while self.lost is None and readable(self.monitor):
             event = parse_monitor_message(self.monitor.recv_multipart(zmq.NOBLOCK))
             if event["event"] not in (zmq.EVENT_CONNECTED, zmq.EVENT_HANDSHAKE_SUCCEEDED):
-                self.lost = f"the connection to the controller at {self.address} broke"
+                trouble = self.tunnel.trouble() if self.tunnel is not None else ""
+                self.lost = f"the connection to the controller at {self.address} broke{trouble and ': ' + trouble}"
         return self.lost
 
     def close(self, linger_ms: int = 0) -> None:
-        """Close the sockets; messages still to be sent get `linger_ms` to leave."""
+        """Close the sockets; messages still to be sent get `linger_ms` to leave. Does nothing if they are closed."""
+        if self.sock.closed:
+            return
+        self.lost = self.lost or "it was closed"
         self.sock.disable_monitor()
         self.monitor.close(0)
         self.sock.close(linger_ms)
@@ -227,6 +258,31 @@ def is_local(info: dict[str, Any]) -> bool:
     """Whether the controller can be reached by its ipc socket: the run's own random name makes a chance hit
     on another host's path impossible."""
     return bool(info["ipc"]) and os.path.exists(info["ipc"])
+
+
+def needs_tunnel(info: dict[str, Any]) -> bool:
+    """Whether the controller is to be reached through ssh."""
+    return bool(info.get("ssh")) and not is_local(info)
+
+
+def endpoint(info: dict[str, Any]) -> tuple[str, int]:
+    """Where the controller listens: (host, with brackets if need be, port). A `location` that somebody wrote into the file
+    counts, but nothing leads to a loopback address from elsewhere.
+
+    Raises:
+        ConnectError: it listens on no port.
+    """
+    if not info["url"]:
+        raise ConnectError(f"the controller on {info['host']} listens on that host only; restart it with --ip=* (or --ip=ADDRESS) "
+                           "to reach it from here")
+    host, _, port = info["url"].rpartition("//")[2].rpartition(":")
+    return (host if is_loopback(host) else _bracket(info.get("location", "").strip("[]")) or host), int(port)
+
+
+def tunnel_to(info: dict[str, Any], tunnel: Any, timeout_s: float = 2 * HANDSHAKE_S) -> str:
+    """See to it that `tunnel` leads to the controller; returns the address of its near end. Raises what its `reach` does."""
+    host, port = endpoint(info)
+    return str(tunnel.reach(info["ssh"], host.strip("[]"), port, info["host"], timeout_s))
 
 
 def _resolve(address: str) -> None:
@@ -239,14 +295,16 @@ def _resolve(address: str) -> None:
 
 
 def greet(context: Any, info: dict[str, Any], hello: dict[str, Any], timeout_s: float = 2 * HANDSHAKE_S,
-          ) -> tuple[Link, dict[str, Any]]:
+          tunnel: Any = None) -> tuple[Link, dict[str, Any]]:
     """Dial, introduce ourselves, return the link and the controller's WELCOME.
 
     Raises:
         ConnectError: naming the step that failed: no such host, refused, wrong key, no answer, not welcome.
+        TunnelError: there is no ssh tunnel, and one is needed.
     """
-    link = Link(context, info)
+    link = Link(context, info, tunnel)
     try:
+        link.find(timeout_s)
         deadline = time.monotonic() + timeout_s
         link.dial(timeout_s)
         send(link.sock, wire.encode_json(wire.HELLO, {**hello, "token": token(info["secret_key"])}))
@@ -273,13 +331,31 @@ def _welcome(link: Link, frames: list[Any]) -> dict[str, Any]:
     if frames[0] == wire.REFUSED:
         raise ConnectError(f"the controller at {link.address} refused us: {body.get('reason', 'no reason given')}")
     if frames[0] != wire.WELCOME:
-        raise ConnectError(f"{link.address} answered with an unexpected message")
+        raise ConnectError(f"{link.address} answered with an unexpected message; is that our controller?")
+    wrong = [field for field, kind in WELCOME_FIELDS.items() if not isinstance(body.get(field), kind)]
+    engines = body.get("engines", [])
+    if wrong or not (isinstance(engines, list) and all(map(_is_engine, engines))):
+        raise ConnectError(f"the controller at {link.address} sent a welcome that is malformed ({', '.join(wrong) or 'engines'})")
     return body
+
+
+def _is_engine(body: Any) -> bool:
+    return isinstance(body, dict) and type(body.get("id")) is int and isinstance(body.get("uuid"), str)
+
+
+def takes_connections(info: dict[str, Any], timeout_s: float = 2.0) -> bool:
+    """Whether something listens at the address in a connection file."""
+    try:
+        host, port = endpoint(info)
+        stdsocket.create_connection((host.strip("[]"), port), timeout_s).close()
+    except (OSError, ValueError):  # a ConnectError, without an address, is an OSError
+        return False
+    return True
 
 
 def controller_gone(info: dict[str, Any]) -> bool:
     """Whether the controller of this connection file is certainly dead: it ran on this host and its process is not there."""
-    return bool(dead_run(info))
+    return not needs_tunnel(info) and bool(dead_run(info))
 
 
 class Ports:
@@ -379,7 +455,7 @@ class Ports:
 
 def is_loopback(ip: str) -> bool:
     """Whether an address to listen on is reachable from this host only."""
-    return ip in ("localhost", "::1") or ip.startswith("127.")
+    return ip.strip("[]") in ("localhost", "::1") or ip.startswith("127.")
 
 
 def _bracket(ip: str) -> str:

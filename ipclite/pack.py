@@ -507,9 +507,9 @@ def _are_small(values: Any) -> bool:
     return sum([len(v) for v in values if type(v) is str or type(v) is bytes]) <= _SHORT
 
 
-def _pack_any(obj: Any) -> Payload:
+def _pack_any(obj: Any, max_pieces: int = _MAX_PIECES) -> Payload:
     try:
-        return _dump(obj)
+        return _dump(obj, max_pieces)
     except MemoryError:
         raise PackError(f"there is not enough memory to pickle {_where_fails(obj)}") from None
     except Exception as e:
@@ -538,11 +538,33 @@ def use(pickler: str) -> None:
     dill = None
     if pickler == "dill":
         try:
-            import dill  # type: ignore[import-not-found,import-untyped,no-redef]
+            import dill  # type: ignore[import-not-found,import-untyped,no-redef,unused-ignore]
         except ImportError:
             raise PackError("dill is not installed here; install it with `pip install dill`, on the engines as well") from None
     _senders_win, _dill = pickler == "cloudpickle", dill
     _cache.clear()
+
+
+def on_arrival(what: str, *args: Any) -> tuple[Any, ...]:
+    """What an object's `__reduce__` returns that is to become something else where it arrives: `what` names a function of
+    the module that all payloads may refer to."""
+    return getattr(_shared, what), args
+
+
+def on_publish(send: Callable[[dict[str, Any]], None]) -> None:
+    """This process is an engine: `send` takes what its tasks publish."""
+    _shared.publish = send
+
+
+def publish(data: dict[str, Any]) -> None:
+    """Hand over what a task publishes.
+
+    Raises:
+        RuntimeError: this process is no engine.
+    """
+    if _shared.publish is None:
+        raise RuntimeError("publish_data is for tasks: it works on an engine, while a task runs")
+    _shared.publish(data)
 
 
 def _dump(obj: Any, max_pieces: int = _MAX_PIECES) -> Payload:
@@ -929,8 +951,9 @@ def _traceback_text(exc: BaseException) -> str:
         return f"{type(exc).__name__}: {_text(exc)} (no traceback: {type(e).__name__})\n"
 
 
-def _in_one_piece(obj: Any) -> bytes:
-    payload = _dump(obj, max_pieces=1)
+def pack_whole(obj: Any) -> bytes:
+    """`pack`, with a payload that is one piece however large the object."""
+    payload = _pack_any(obj, 1)
     assert isinstance(payload, bytes)
     return payload
 
@@ -945,7 +968,7 @@ def _pickle_exception(exc: BaseException, text: str) -> bytes:
     for candidate in (exc, bare((_shared.exception, (type(exc), exc.args, vars(exc)))),
                       bare((_shared.exception, (type(exc), (text,), {})))):
         try:
-            pickled = _in_one_piece(candidate)
+            pickled = pack_whole(candidate)
             copy = unpack(pickled)
         except Exception:  # whatever it is: the next way, or else the text, has to do
             copy = None

@@ -1,8 +1,9 @@
 """What a call returns at once: futures over one task or many.
 
-    AsyncResult      a `concurrent.futures.Future` for the tasks of one call; also awaitable and iterable
-    AsyncMapResult   the same for `map`: its items, in order or as they arrive
-    ExecuteReply     what `execute` gives for each engine
+    AsyncResult          a `concurrent.futures.Future` for the tasks of one call; also awaitable and iterable
+    AsyncMapResult       the same for `map`: its items, in order or as they arrive
+    AsyncExecuteResult   the same for `execute`
+    Selection            some tasks of these: what `split` and `join` give
 
 Results stay packed until somebody asks for them, and metadata are built when somebody looks at them, so that a task
 nobody inspects costs next to nothing. All methods may be called from any thread.
@@ -10,59 +11,36 @@ nobody inspects costs next to nothing. All methods may be called from any thread
 
 from __future__ import annotations
 
+import binascii
 import sys
 import threading
 import time
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION, CancelledError
+from concurrent.futures import wait as wait_for_futures
+from contextlib import contextmanager
 from datetime import datetime, timezone
-from typing import Any, Iterator, NamedTuple, Optional, Sequence, TextIO, Tuple
+from typing import Any, Callable, Iterator, Optional, Sequence
 
 from . import pack, wire
-from .errors import CompositeError, ControllerLost, KernelError
+from .display import ExecuteReply, Streamer, progress, show_outputs, table
+from .futures import NotInTime, Outcome, Source, TaskFuture, _combine
 
 
-class Source(NamedTuple):
-    """Where results came from; shared by those that came in one message. `received` in s since the epoch."""
+class Metadata(dict):  # type: ignore[type-arg]
+    """What is known of a task; its keys are attributes, too."""
 
-    engine_id: int
-    received: float
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"there is no metadata {name!r}; there is {', '.join(self)}") from None
 
-
-Outcome = Tuple[Source, wire.Result]
-
-
-class ExecuteReply:
-    """The outcome of `execute` on one engine.
-
-    Attributes: `source` (the code), `result` (`repr` of the last expression's value, or None), `metadata`.
-    """
-
-    def __init__(self, source: str, result: Optional[str], metadata: dict[str, Any]):
-        self.source, self.result, self.metadata = source, result, metadata
-
-    def __repr__(self) -> str:
-        text = f": {self.result}" if self.result is not None else ""
-        return f"<ExecuteReply[{self.metadata['engine_id']}]{text}>"
-
-    @property
-    def stdout(self) -> str:
-        """What the code printed."""
-        return str(self.metadata["stdout"])
-
-    @property
-    def stderr(self) -> str:
-        """What the code wrote to sys.stderr."""
-        return str(self.metadata["stderr"])
-
-
-PENDING, FINISHED = "PENDING", "FINISHED"  # concurrent.futures' own words for `_state`
-KEPT_PACKED = 1024  # bytes of a payload that are not worth forgetting once it is unpacked
 
 _METADATA = ("msg_id", "submitted", "started", "completed", "received", "engine_id", "engine_uuid", "status", "attempt",
-             "error", "stdout", "stderr", "label")
+             "error", "stdout", "stderr", "label", "data", "execute_input", "execute_result")
 
 
-class AsyncResult(Future):  # type: ignore[type-arg]
+class AsyncResult(TaskFuture):
     """The tasks of one call: a Future whose result is one value, or a list with one value per task.
 
     Args:
@@ -75,170 +53,65 @@ class AsyncResult(Future):  # type: ignore[type-arg]
         RemoteError: a task failed; it is also an instance of the exception's own class.
         CompositeError: several tasks failed.
         EngineError, TaskAborted, ControllerLost: the task did not run to its end.
+
+    Example:
+        >>> ar = rc[:].apply_async(lambda x: 2 * x, 21)
+        >>> ar.get(timeout=30)
+        [42, 42, 42, 42]
+        >>> ar.done(), ar.successful(), ar.engine_id
+        (True, True, [0, 1, 2, 3])
     """
 
-    # Most results never need these: they cost nothing until they do.
-    _state = PENDING
-    _result = None
-    _exception: Optional[BaseException] = None
-    _fname, _single, _label = "", True, None
-    _first, _count, _left = 0, 0, 0
-    _outcomes: Any = ()
-    _values: Optional[dict[int, Any]] = None
     _output: Optional[dict[tuple[int, str], list[str]]] = None
-    _watched = False  # somebody waits for a part of it
-    _made: Optional[threading.Condition] = None
-    _making = threading.Lock()
+    _speakers: Optional[dict[int, Optional[int]]] = None  # place -> engine that printed
+    _streamers: Sequence[Any] = ()
+    _parts: Optional[tuple[Any, ...]] = None
 
-    def __init__(self, client: Any, fname: str = "", single: bool = True, label: Optional[str] = None):
-        self._client, self._fname, self._submitted = client, fname, time.time()
-        if not single:
-            self._single = False
-        if label is not None:
-            self._label = label
+    # --- output
 
-    @property
-    def _condition(self) -> threading.Condition:
-        """What `concurrent.futures` locks and waits on: made when somebody first does."""
-        if self._made is None:
-            with self._making:
-                if self._made is None:
-                    self._waiters: list[Any] = []
-                    self._done_callbacks: list[Any] = []
-                    self._made = threading.Condition()
-        return self._made
-
-    # --- what the client's connection tells us
-
-    def _sent_as(self, first: int, count: int) -> None:
-        """The client gave our tasks the numbers first .. first + count - 1."""
-        self._first, self._count, self._left = first, count, count
-        self._outcomes = [None] * count
-
-    def _arrive(self, i: int, outcome: Outcome) -> None:
-        """Task i has ended."""
-        self._outcomes[i] = outcome
-        self._left -= 1
-        if self._left == 0:
-            self._finish()
-        elif self._watched:
-            with self._condition:
-                self._condition.notify_all()
-
-    def _finish(self) -> None:
-        failed = any([o[1].status for o in self._outcomes]) or self._has_failures()
-        if not failed and self._made is None:
-            with self._making:
-                if self._made is None and self._state is PENDING:
-                    self._state = FINISHED
-                    return
-        if self.cancelled():
-            return
-        error = self._failure() if failed else None
-        if error is None:
-            Future.set_result(self, None)
-        else:
-            Future.set_exception(self, error)
-
-    def _has_failures(self) -> bool:
-        """Whether tasks that ended well report failures inside."""
-        return False
-
-    def _write(self, i: int, name: str, text: str) -> None:
-        """Task i has printed something."""
-        if self._output is None:
-            self._output = {}
-        self._output.setdefault((i, name), []).append(text)
+    def _write(self, i: int, name: str, text: str, engine_id: Optional[int] = None) -> None:
+        """Task i has printed something, or published (`name` is "data")."""
+        with self._condition:
+            if self._output is None:
+                self._output, self._speakers = {}, {}
+            self._output.setdefault((i, name), []).append(text)
+            if self._speakers is not None:
+                self._speakers[i] = engine_id
+            for only, streamer in self._streamers:
+                if name != "data" and (only is None or i in only):
+                    streamer(name, engine_id, text)
 
     def _printed(self, i: int, name: str) -> str:
         pieces = self._output.get((i, name)) if self._output else None
         return "".join(pieces) if pieces else ""
 
+    def _published(self, i: int) -> dict[str, Any]:
+        """What task i has published."""
+        data: dict[str, Any] = {}
+        for text in (self._output or {}).get((i, "data"), ()):
+            data.update(pack.unpack(binascii.a2b_base64(text)))
+        return data
+
     # --- values
 
-    def _value(self, i: int) -> Any:
-        """The value of task i, which has ended; an exception object if it failed."""
-        if self._values is None:
-            self._values = {}
-        elif i in self._values:
-            return self._values[i]
-        source, result = self._outcomes[i]
-        payload = result.payload
-        if result.status == wire.OK:
-            try:
-                value = self._unpacked(i, pack.unpack(payload))
-            except KernelError as e:
-                value = e
-                self._outcomes[i] = (source, result._replace(status=wire.ERROR))
-        else:
-            value = pack.unpack_error(payload)
-        value = self._values.setdefault(i, value)  # another thread may have been quicker: all see one object
-        if type(payload) is not bytes or len(payload) > KEPT_PACKED:
-            self._outcomes[i] = (source, self._outcomes[i][1]._replace(payload=None))
-        return value
-
-    def _unpacked(self, i: int, value: Any) -> Any:
-        return value
-
-    def _failed(self, i: int) -> bool:
-        outcome = self._outcomes[i]
-        return outcome is not None and outcome[1].status != wire.OK
-
-    def _failure(self) -> Optional[BaseException]:
-        errors = [self._value(i) for i in range(self._count) if self._failed(i)]
-        return _combine(errors, self._fname)
-
-    def _final(self, return_exceptions: bool) -> Any:
-        """All values in the shape that the caller asked for; every task has ended."""
-        if self._count == 1 and self._single:
-            value = self._value(0)
-            if self._failed(0) and not return_exceptions:
-                raise value
-            return value
-        values = [self._value(i) for i in range(self._count)]
-        if not return_exceptions:
-            error = self._failure()
-            if error is not None:
-                raise error
-        return values[0] if self._single else values
-
-    def result(self, timeout: Optional[float] = None) -> Any:
-        """Wait for the result; see `get`."""
-        return self.get(timeout)
-
-    def get(self, timeout: Optional[float] = None, return_exceptions: bool = False) -> Any:
+    def get(self, timeout: Optional[float] = None, return_exceptions: Optional[bool] = None,
+            return_when: Optional[str] = None) -> Any:
         """Wait for the result and return it.
 
         Args:
             timeout: s to wait at most; None or negative: for ever.
             return_exceptions: put exceptions where the values of failed tasks would be, instead of raising.
+            return_when: FIRST_EXCEPTION: raise as soon as one task has failed. All else waits for all of them.
 
         Raises:
             TimeoutError: it is not there in time. The tasks go on.
         """
-        if self._state is not FINISHED and not self.wait(timeout):
-            raise TimeoutError(f"{self!r} has no result after {timeout:g} s")
-        if self.cancelled():
-            raise CancelledError
-        return self._final(return_exceptions)
-
-    def exception(self, timeout: Optional[float] = None) -> Optional[BaseException]:
-        """Wait for the end; the exception that `get` would raise, or None.
-
-        Raises:
-            TimeoutError: it did not end in time.
-        """
-        try:
-            self.get(timeout)
-        except CancelledError:
-            raise
-        except TimeoutError:
-            if not self.done():
-                raise
-            return self._failure()
-        except Exception as e:
-            return e
-        return None
+        if return_when == FIRST_EXCEPTION and not return_exceptions and not self.done():
+            failed = [part._error() for part in self.wait(timeout, return_when)[0] if not part.cancelled()]
+            if any(failed) and not self.done():
+                raise _combine([e for e in failed if e], self._fname).with_traceback(None)  # type: ignore[union-attr]
+            timeout = 0
+        return super().get(timeout, return_exceptions)
 
     @property
     def r(self) -> Any:
@@ -264,98 +137,150 @@ class AsyncResult(Future):  # type: ignore[type-arg]
 
     # --- waiting
 
-    def wait(self, timeout: Optional[float] = None) -> bool:
+    def wait(self, timeout: Optional[float] = None, return_when: Optional[str] = None) -> Any:
         """Wait until all tasks have ended.
 
         Args:
             timeout: s to wait at most; None or negative: for ever.
+            return_when: FIRST_COMPLETED, FIRST_EXCEPTION or ALL_COMPLETED, as for `concurrent.futures.wait`.
 
         Returns:
-            Whether they have.
+            Whether they have ended; with `return_when`, two sets of AsyncResults, one per task: the tasks that have ended, and
+            those that have not.
         """
-        if self._state is PENDING:
-            self._client._connection.wait(self.done, self, None if timeout is None or timeout < 0 else timeout)
-        return self._state is not PENDING
+        if return_when is not None:
+            if return_when not in (FIRST_COMPLETED, FIRST_EXCEPTION, ALL_COMPLETED):
+                raise ValueError(f"return_when must be FIRST_COMPLETED, FIRST_EXCEPTION or ALL_COMPLETED, not {return_when!r}")
+            self._client._connection.flush()
+            return tuple(wait_for_futures(self.split(), None if timeout is None or timeout < 0 else timeout, return_when))
+        return super().wait(timeout)
 
-    def cancelled(self) -> bool:
-        """Whether the result was given up."""
-        return self._state not in (PENDING, FINISHED)
+    def wait_for_output(self, timeout: Optional[float] = None) -> bool:
+        """Wait until all that the tasks print is here. That is so when they have ended; see `wait`."""
+        return bool(self.wait(timeout))
 
-    def done(self) -> bool:
-        """Whether all tasks have ended (or were cancelled)."""
-        return self._state is not PENDING
-
-    def ready(self) -> bool:
-        """Whether all tasks have ended."""
-        return self.done()
-
-    def successful(self) -> bool:
-        """Whether all tasks ended without an exception.
+    def wait_for_send(self, timeout: Optional[float] = None) -> bool:
+        """Wait until arrays that were sent may be changed: large ones are not copied, but read while they are sent.
 
         Raises:
-            ValueError: they have not ended yet.
+            TimeoutError: that was not so after `timeout` s (None or negative: any time).
         """
-        if not self.done():
-            raise ValueError(f"{self!r} has not ended yet")
-        return not self.cancelled() and self.exception() is None
-
-    def abort(self) -> None:
-        """Take back the tasks that have not started; they fail with `TaskAborted`. What runs goes on."""
-        self._client.abort(self)
-
-    def cancel(self) -> bool:
-        """Give up on the result: tasks that have not started are taken back, and `get` raises CancelledError."""
-        if self.done():
-            return self.cancelled()
-        self.abort()
-        return Future.cancel(self)
-
-    def __await__(self) -> Iterator[Any]:
-        import asyncio
-
+        deadline = None if timeout is None or timeout < 0 else time.monotonic() + timeout
+        pause = threading.Event()
         self._client._connection.flush()
-        return asyncio.wrap_future(self).__await__()
+        while not self.sent:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise NotInTime(f"{self!r} is still being sent")
+            pause.wait(0.002)
+        return True
 
-    def wait_interactive(self, interval: float = 0.1, timeout: Optional[float] = None) -> bool:
+    def wait_interactive(self, interval: float = 0.1, timeout: Optional[float] = None, widget: Optional[bool] = None,
+                         return_when: str = ALL_COMPLETED) -> bool:
         """Wait and show the progress on stderr: a bar if tqdm is installed, a line otherwise.
 
         Args:
             interval: s between two looks.
             timeout: s to wait at most; None or negative: for ever.
+            widget: whether tqdm's bar is a notebook widget; None: in notebooks.
+            return_when: return already when the first task has ended, or failed; see `wait`.
 
         Returns:
             Whether all tasks have ended.
         """
         deadline = None if timeout is None or timeout < 0 else time.monotonic() + timeout
-        show = progress(len(self), self._fname or "tasks", sys.stderr)
+        show = progress(len(self), self._fname or "tasks", sys.stderr, widget)
+        enough = False
         try:
-            while not self.done():
+            while not enough and not self.done():
                 left = interval if deadline is None else min(interval, deadline - time.monotonic())
                 if left <= 0:
                     break
-                self.wait(left)
+                if return_when == ALL_COMPLETED:
+                    self.wait(left)
+                else:
+                    ended = self.wait(left, return_when)[0]
+                    enough = bool(ended if return_when == FIRST_COMPLETED else [part for part in ended if part._error()])
                 show(self.progress)
         finally:
             show(self.progress, end=True)
         return self.done()
+
+    @contextmanager
+    def stream_output(self) -> Iterator[None]:
+        """Within the `with` block, print what the tasks print as it arrives (and has arrived), `[stdout:3] ` before each line."""
+        streamer = Streamer()
+        self._stream_to(streamer, None)
+        try:
+            yield
+        finally:
+            self._stream_no_more(streamer)
+            streamer.end()
+
+    def _stream_to(self, streamer: Streamer, only: Optional[set[int]]) -> None:
+        with self._condition:
+            for (i, name), pieces in (self._output or {}).items():
+                if name != "data" and (only is None or i in only):
+                    streamer(name, (self._speakers or {}).get(i), "".join(pieces))
+            self._streamers = [*self._streamers, (only, streamer)]
+
+    def _stream_no_more(self, streamer: Streamer) -> None:
+        with self._condition:
+            self._streamers = [entry for entry in self._streamers if entry[1] is not streamer]
+
+    def display_outputs(self, groupby: str = "type", result_only: bool = False) -> None:
+        """Wait, and print what the tasks have printed and show what `execute` returned.
+
+        Args:
+            groupby: "type": all of stdout, then all of stderr, then all values; "engine": engine by engine; "order": task by
+                task.
+            result_only: leave out what was printed.
+        """
+        self.wait()
+        tasks = []
+        for i in range(self._count):
+            meta = self._metadata_of(i)
+            tasks.append((meta["engine_id"], meta["stdout"], meta["stderr"], None if self._failed(i) else self._shown(i)))
+        show_outputs(tasks, groupby, result_only, not self._single)
+
+    def _shown(self, i: int) -> Any:
+        return None
 
     # --- parts
 
     def __len__(self) -> int:
         return self._count
 
-    def _wait_for(self, i: int) -> None:
-        if self._outcomes[i] is None:
-            self._watched = True
-            self._client._connection.wait(lambda: self._outcomes[i] is not None or self.cancelled(), self)
-            if self.cancelled():
-                raise CancelledError
+    def split(self) -> tuple["AsyncResult", ...]:
+        """An AsyncResult for each task; itself if there is one only."""
+        if self._count == 1:
+            return (self,)
+        if self._parts is None:
+            self._parts = tuple(Selection([(self, i)], True) for i in range(self._count))
+        return self._parts
+
+    @classmethod
+    def join(cls, *async_results: "AsyncResult") -> "AsyncResult":
+        """One AsyncResult for the tasks of several: the inverse of `split`.
+
+        Raises:
+            ValueError: there is none to join, or they are not one client's.
+        """
+        if not async_results:
+            raise ValueError("join needs at least one AsyncResult")
+        if len({id(ar._client) for ar in async_results}) > 1:
+            raise ValueError("AsyncResults of different clients can not be joined")
+        if len(async_results) == 1:
+            return async_results[0]
+        return Selection([place for ar in async_results for place in ar._places()], False)
+
+    def _places(self) -> list[tuple["AsyncResult", int]]:
+        return [(self, i) for i in range(self._count)]
 
     def _part(self, i: int) -> Any:
         self._wait_for(i)
         value = self._value(i)
         if self._failed(i):
-            raise value
+            raise value.with_traceback(None)
         return value
 
     def __iter__(self) -> Iterator[Any]:
@@ -377,20 +302,18 @@ class AsyncResult(Future):  # type: ignore[type-arg]
 
     # --- about the tasks
 
+    def _msg_id(self, i: int) -> str:
+        return wire.msg_id((self._client.session, self._first + i))
+
     @property
     def msg_ids(self) -> list[str]:
         """The ids of the tasks."""
-        return [wire.msg_id((self._client.session, seq)) for seq in range(self._first, self._first + self._count)]
+        return [self._msg_id(i) for i in range(self._count)]
 
     @property
     def owner(self) -> bool:
         """Whether this client submitted the tasks."""
         return True
-
-    @property
-    def sent(self) -> bool:
-        """Whether the tasks have left the client."""
-        return bool(self._client._connection.sent_up_to >= self._first + self._count)
 
     @property
     def progress(self) -> int:
@@ -419,11 +342,23 @@ class AsyncResult(Future):  # type: ignore[type-arg]
         """s of run time of all tasks together: what one engine would have taken."""
         return sum(o[1].duration for o in self._outcomes if o is not None)
 
-    def _metadata_of(self, i: int) -> dict[str, Any]:
+    @staticmethod
+    def timedelta(start: Any, end: Any, start_key: Callable[[Any], Any] = min, end_key: Callable[[Any], Any] = max) -> float:
+        """s between two datetimes, or two lists of them as in `ar.timedelta(ar.submitted, ar.received)`.
+
+        Args:
+            start_key, end_key: which of a list counts: the earliest start and the latest end.
+        """
+        first = start if isinstance(start, datetime) else start_key(start)
+        last = end if isinstance(end, datetime) else end_key(end)
+        return float((last - first).total_seconds())
+
+    def _metadata_of(self, i: int) -> Metadata:
         outcome = self._outcomes[i]
-        meta: dict[str, Any] = dict.fromkeys(_METADATA)
-        meta.update(msg_id=wire.msg_id((self._client.session, self._first + i)), submitted=_when(self._submitted),
-                    stdout=self._printed(i, "stdout"), stderr=self._printed(i, "stderr"), label=self._label)
+        meta = Metadata.fromkeys(_METADATA)
+        meta.update(msg_id=self._msg_id(i), submitted=_when(self._submitted),
+                    stdout=self._printed(i, "stdout"), stderr=self._printed(i, "stderr"), label=self._label,
+                    data=self._published(i))
         if outcome is None:
             meta["status"] = "pending"
             return meta
@@ -439,7 +374,7 @@ class AsyncResult(Future):  # type: ignore[type-arg]
     @property
     def metadata(self) -> Any:
         """A dict per task (a list of them unless the result is single): msg_id, submitted, started, completed, received (datetimes
-        with time zone), engine_id, engine_uuid, status, attempt, error, stdout, stderr, label."""
+        with time zone), engine_id, engine_uuid, status, attempt, error, stdout, stderr, label, data (what the task published)."""
         all_ = [self._metadata_of(i) for i in range(self._count)]
         return all_[0] if self._single else all_
 
@@ -462,6 +397,14 @@ class AsyncResult(Future):  # type: ignore[type-arg]
     def __repr__(self) -> str:
         return f"<{type(self).__name__}({self._fname}): {self._state_word()}>"
 
+    def _repr_html_(self) -> str:
+        rows = []
+        for i in range(min(self._count, 20)):
+            outcome, meta = self._outcomes[i], self._metadata_of(i)
+            took = "" if outcome is None else f"{outcome[1].duration:.3g} s"
+            rows.append(("" if meta["engine_id"] is None else meta["engine_id"], meta["status"], took, meta["error"] or ""))
+        return table(repr(self).strip("<>"), ("engine", "status", "run time", "error"), rows, self._count)
+
 
 class AsyncExecuteResult(AsyncResult):
     """What `execute` returns: an `ExecuteReply` per engine."""
@@ -469,7 +412,19 @@ class AsyncExecuteResult(AsyncResult):
     _source = ""
 
     def _unpacked(self, i: int, value: Any) -> ExecuteReply:
-        return ExecuteReply(self._source, value, self._metadata_of(i))
+        return ExecuteReply(self._source, value, super()._metadata_of(i))
+
+    def _metadata_of(self, i: int) -> Metadata:
+        meta = super()._metadata_of(i)
+        meta["execute_input"] = self._source
+        if meta["status"] == "ok":
+            reply = self._value(i)
+            if isinstance(reply, ExecuteReply) and reply.data:
+                meta["execute_result"] = {"data": reply.data, "execution_count": reply.execution_count, "metadata": {}}
+        return meta
+
+    def _shown(self, i: int) -> Any:
+        return self._value(i)
 
 
 class AsyncMapResult(AsyncResult):
@@ -479,6 +434,11 @@ class AsyncMapResult(AsyncResult):
         sizes: the number of items of each task.
         ordered: whether iteration keeps the order of the items, or yields chunks as they arrive.
         return_exceptions: put exceptions where the values of failed items would be.
+
+    Example:
+        >>> ar = rc.load_balanced_view().map_async(abs, [-1, 2, -3])
+        >>> list(ar), ar.get(), len(ar)
+        ([1, 2, 3], [1, 2, 3], 3)
     """
 
     def __init__(self, client: Any, fname: str, sizes: Sequence[int], ordered: bool = True, return_exceptions: bool = False,
@@ -516,10 +476,20 @@ class AsyncMapResult(AsyncResult):
         values: list[Any] = []
         for i in range(self._count):
             values += self._items(i)
-        errors = [v.error for v in values if type(v) is _ItemError]
+        errors = any(type(v) is _ItemError for v in values)
         if errors and not (return_exceptions or self._return_exceptions):
-            raise _combine(list({id(e): e for e in errors}.values()), self._fname) or errors[0]
-        return [v.error if type(v) is _ItemError else v for v in values] if errors else _joined(values)
+            raise self._error().with_traceback(None)  # type: ignore[union-attr]
+        return [v.error if type(v) is _ItemError else v for v in values] if errors else values
+
+    def _task_value(self, i: int) -> Any:
+        values = self._items(i)
+        errors = list({id(v.error): v.error for v in values if type(v) is _ItemError}.values())
+        if errors and not self._return_exceptions:
+            return _combine(errors, self._fname)
+        return [v.error if type(v) is _ItemError else v for v in values] if errors else values
+
+    def _task_failed(self, i: int) -> bool:
+        return not self._return_exceptions and any(type(v) is _ItemError for v in self._items(i))
 
     def __len__(self) -> int:
         return self._total
@@ -548,14 +518,97 @@ class AsyncMapResult(AsyncResult):
             for value in self._items(i):
                 if type(value) is _ItemError:
                     if not self._return_exceptions:
-                        raise value.error
+                        raise value.error.with_traceback(None)
                     value = value.error
                 yield value
+
+    def _take(self, i: int) -> list[Any]:
+        """The values of task i, which are kept no longer."""
+        values = self._items(i)
+        source, result = self._outcomes[i]
+        self._outcomes[i] = (source, result._replace(payload=None))
+        if self._values is not None:
+            self._values[i] = []
+        return values
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, (int, slice)):
             return self.get()[key]
         return super().__getitem__(key)
+
+
+class Selection(AsyncResult):
+    """Some tasks of other AsyncResults, each counting as one value: what `split` and `join` give.
+
+    Args:
+        places: (AsyncResult, place of the task in it) of each.
+        single: whether the result is one value rather than a list.
+    """
+
+    def __init__(self, places: Sequence[tuple[AsyncResult, int]], single: bool):
+        first = places[0][0]
+        super().__init__(first._client, first._fname, single, first._label)
+        self._chosen = list(places)
+        self._submitted = min(ar._submitted for ar, _ in places)
+        self._outcomes: list[Any] = [None] * len(places)
+        self._count = self._left = len(places)
+        for k, (ar, i) in enumerate(places):
+            ar._follow(i, self, k)
+
+    def _arrive(self, k: int, outcome: Outcome) -> None:
+        with self._making:  # tasks of several AsyncResults may end at once
+            self._outcomes[k] = outcome
+            self._left -= 1
+            left = self._left
+        if self._watched:
+            self._announce(k, outcome)
+        if not left:
+            self._finish()
+
+    def _places(self) -> list[tuple[AsyncResult, int]]:
+        return self._chosen
+
+    def _value(self, k: int) -> Any:
+        ar, i = self._chosen[k]
+        return ar._task_value(i)
+
+    def _failed(self, k: int) -> bool:
+        ar, i = self._chosen[k]
+        return self._outcomes[k] is not None and ar._task_failed(i)
+
+    def _has_failures(self) -> bool:
+        return any(self._failed(k) for k in range(self._count))
+
+    def _final(self, return_exceptions: bool) -> Any:
+        values = super()._final(return_exceptions)
+        if not self._single and all(isinstance(ar, AsyncMapResult) for ar, _ in self._chosen):  # the items of the map again
+            return [v for part in values for v in (part if isinstance(part, list) else [part])]
+        return values
+
+    def _metadata_of(self, k: int) -> Metadata:
+        ar, i = self._chosen[k]
+        return ar._metadata_of(i)
+
+    def _shown(self, k: int) -> Any:
+        ar, i = self._chosen[k]
+        return ar._shown(i)
+
+    def _msg_id(self, k: int) -> str:
+        ar, i = self._chosen[k]
+        return ar._msg_id(i)
+
+    @property
+    def sent(self) -> bool:
+        """Whether the tasks have left the client; see `AsyncResult.sent`."""
+        return all(ar.sent for ar in {id(ar): ar for ar, _ in self._chosen}.values())
+
+    def _stream_to(self, streamer: Streamer, only: Optional[set[int]]) -> None:
+        for ar, i in self._chosen:
+            ar._stream_to(streamer, {i})
+
+    def _stream_no_more(self, streamer: Streamer) -> None:
+        for ar, _ in self._chosen:
+            ar._stream_no_more(streamer)
 
 
 class _ItemError:
@@ -567,55 +620,5 @@ class _ItemError:
         self.error = error
 
 
-def _combine(errors: list[Any], fname: str) -> Optional[BaseException]:
-    if not errors:
-        return None
-    if len(errors) == 1 or all(isinstance(e, ControllerLost) for e in errors):  # one cause, however many tasks it ends
-        return errors[0]  # type: ignore[no-any-return]
-    return CompositeError(f"{len(errors)} exceptions in {fname or 'the call'}", errors)
-
-
-def _joined(values: list[Any]) -> Any:
-    """A map over arrays gives an array, as numpy users expect of `gather`; all else stays a list."""
-    return values
-
-
 def _when(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, timezone.utc)
-
-
-def progress(total: int, what: str, stream: TextIO) -> Any:
-    """A function to call with the number done (and `end=True` at last) that shows it: by tqdm if installed."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return _Line(total, what, stream)
-    bar = tqdm(total=total, desc=what, file=stream)
-
-    def show(done: int, end: bool = False) -> None:
-        bar.update(done - bar.n)
-        if end:
-            bar.close()
-
-    return show
-
-
-class _Line:
-    """A progress line: rewritten in place on a terminal, a line per tenth elsewhere."""
-
-    def __init__(self, total: int, what: str, stream: TextIO):
-        self._total, self._what, self._stream = total, what, stream
-        self._started = time.monotonic()
-        self._told = -1
-        self._terminal = stream.isatty()
-
-    def __call__(self, done: int, end: bool = False) -> None:
-        step = done if self._terminal else done * 10 // max(self._total, 1)
-        if step == self._told and not (end and self._terminal):
-            return
-        self._told = step
-        width = 30
-        full = width * done // max(self._total, 1)
-        text = f"{self._what} [{'#' * full}{'.' * (width - full)}] {done}/{self._total} {time.monotonic() - self._started:.1f} s"
-        self._stream.write(f"\r{text}\x1b[K" + ("\n" if end else "") if self._terminal else text + "\n")
-        self._stream.flush()

@@ -25,20 +25,24 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections import deque
 from heapq import heapify, heappop, heappush
 from typing import Any, Callable, Iterable, Optional
 
-from .tasks import (ABORTED, ASSIGNED, DONE, FAILED, READY, RECALLED, TRANSITIONS, UNKNOWN, WAITING, Abort, Accept, Effect,
-                    EngineDown, EngineUp, Fail, Finished, Ids, Outcome, Recall, Returned, Run, Spec, State, Submit, Tally,
-                    Task, Tick, Wait)
-from .wire import OK, UNMET, TaskKey, msg_id
+from .tasks import (ABORTED, ASSIGNED, ATTEMPTS_MAX, DONE, FAILED, READY, RECALLED, TRANSITIONS, UNKNOWN, WAITING, Abort,
+                    Accept, Effect, EngineDown, EngineUp, Fail, Finished, Ids, Outcome, Recall, Returned, Run, Spec, State,
+                    Submit, Tally, Task, Tick, Wait)
+from .wire import OK, UNMET, TaskKey, msg_id, slots
 
 CAP = 1024  # an engine holds at most this many tasks, however short they are
 FLOOR_S = 5e-6  # what a task costs an engine at least
 DECAY = 0.5  # how fast an estimate goes down; it goes up at once
 FUNCTIONS = 10_000  # run times of more are not kept
 OUTCOMES = 100_000  # of so many tasks it is known how they ended
+OUTCOME_BLOCK = 256  # of them are kept together
+ID_MAX = (1 << 31) - 1  # of an engine that takes four bytes there
+BLOCK_COST = 16  # what a block takes room for besides
 RING = 10_000  # transitions that `story` can tell of
 
 
@@ -114,26 +118,43 @@ class _Queue:
 
 
 class _Outcomes:
-    """How tasks ended: the last `OUTCOMES` of them at least, and at most twice as many."""
+    """How tasks ended: the last `OUTCOMES` of them at least, and at most twice as many; fewer if they are of very many clients.
 
-    __slots__ = ("count", "new", "old")
+    There is no object per task, but a number in a block of those of a session: 0 if nothing is known, else 1 if it ran on no
+    engine or the engine's id + 2, negative if it failed.
+    """
+
+    __slots__ = ("count", "blocks", "new", "old")
 
     def __init__(self) -> None:
-        self.count = 0
-        self.new: dict[bytes, dict[int, Outcome]] = {}  # by session and number: no object of its own per task
-        self.old: dict[bytes, dict[int, Outcome]] = {}
+        self.count = self.blocks = 0
+        self.new: dict[bytes, dict[int, array[int]]] = {}
+        self.old: dict[bytes, dict[int, array[int]]] = {}
 
-    def book(self, session: bytes) -> dict[int, Outcome]:
-        """Where to write down the outcomes of tasks of a session; who does so adds them to `count`."""
-        if self.count >= OUTCOMES:
-            self.old, self.new, self.count = self.new, {}, 0
-        return self.new.setdefault(session, {})
+    def note(self, session: bytes, seqs: list[int], ok: bool, engine: Optional[int]) -> None:
+        """Tasks of a session have ended in the same way."""
+        if self.count >= OUTCOMES or self.blocks >= OUTCOMES:
+            self.old, self.new, self.count, self.blocks = self.new, {}, 0, 0
+        blocks = self.new.setdefault(session, {})
+        code = 1 if engine is None else engine + 2
+        for number, a, b in slots(seqs, OUTCOME_BLOCK):
+            block = blocks.get(number)
+            if block is None:
+                block = blocks[number] = array("i", bytes(4 * OUTCOME_BLOCK))
+                self.blocks += BLOCK_COST
+            if code > ID_MAX and block.typecode == "i":
+                block = blocks[number] = array("q", block)
+            block[a:b] = array(block.typecode, [code if ok else -code]) * (b - a)
+        self.count += len(seqs)
 
     def get(self, key: TaskKey) -> Optional[Outcome]:
-        for book in (self.new, self.old):
-            outcome = book.get(key[0], {}).get(key[1])
-            if outcome is not None:
-                return outcome
+        """How a task ended, if it is known."""
+        number, i = divmod(key[1], OUTCOME_BLOCK)
+        for blocks in (self.new, self.old):
+            block = blocks.get(key[0], {}).get(number)
+            if block is not None and block[i]:
+                engine = abs(block[i]) - 2
+                return block[i] > 0, None if engine < 0 else engine
         return None
 
 
@@ -320,8 +341,7 @@ class Scheduler:
         self.ended[state] += 1
         del self.tasks[task.key]
         task.payload = b""  # its queue may keep the task until it comes up
-        self._outcomes.book(task.key[0])[task.key[1]] = (False, None)
-        self._outcomes.count += 1
+        self._outcomes.note(task.key[0], [task.key[1]], False, None)
         if task.key in self._dependents:
             self._ends.append((task.key, (False, None)))
         self._effects.append(Fail(task, ename, message))
@@ -384,8 +404,8 @@ class Scheduler:
         if engine is None:
             return
         outstanding, tasks, dependents = engine.outstanding, self.tasks, self._dependents
-        book = self._outcomes.book(session)
         good, bad = (True, engine_id), (False, engine_id)
+        succeeded: list[int] = []
         counted: list[int] = []
         spec: Optional[Spec] = None
         total, n = 0.0, 0
@@ -403,14 +423,15 @@ class Scheduler:
             n += 1
             if record[6] == OK:
                 outcome = good
+                succeeded.append(record[0])
             elif self._again(task, record[6]):
                 continue
             else:
                 outcome = bad
+                self._outcomes.note(session, [record[0]], False, engine_id)
             self._move(task, DONE)
             del tasks[key]
             counted.append(at)
-            book[record[0]] = outcome
             if dependents and key in dependents:
                 self._ends.append((key, outcome))
         if n:
@@ -418,7 +439,8 @@ class Scheduler:
             engine.progress, engine.stuck = self._now, False
             engine.done += len(counted)
             self.ended[DONE] += len(counted)
-            self._outcomes.count += len(counted)
+            if succeeded:
+                self._outcomes.note(session, succeeded, True, engine_id)
             self._touched[engine] = None
         if counted:
             everything = len(counted) == len(records)
@@ -799,7 +821,7 @@ class Scheduler:
                 # A function that was never measured fills the engine, so that its first tasks spread.
                 est = self._estimates.get(spec.function) or self.prefetch_s
             task.engine, task.est = engine.id, est
-            task.attempt += 1
+            task.attempt = task.attempt % ATTEMPTS_MAX + 1
             self._move(task, ASSIGNED)
             outstanding[task.key] = task
             run.append(task)

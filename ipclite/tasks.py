@@ -10,7 +10,6 @@ Records only: whoever decides is in scheduler.py, whoever sends in controller.py
 from __future__ import annotations
 
 import json
-import math
 from enum import Enum
 from typing import Any, NamedTuple, Optional, Union
 
@@ -18,6 +17,8 @@ from .errors import ProtocolError
 from .wire import Payload, TaskKey, task_key
 
 UNKNOWN = "unknown"  # EngineDown.running when nobody saw which task was running
+FOREVER_S = 1e9  # a longer timeout is a mistake
+ATTEMPTS_MAX = 0xFFFF  # what their two bytes hold; after it they start again, as only recent ones must differ
 
 
 class State(Enum):
@@ -121,7 +122,7 @@ class Spec:
         if not isinstance(fn or "", str) or not isinstance(op, str):
             raise ProtocolError(f"the function of a task must be text, not {fn!r} or {op!r}")
         timeout = body.get("timeout")
-        if timeout is not None and not (type(timeout) in (int, float) and 0 <= timeout < math.inf):
+        if timeout is not None and not (type(timeout) in (int, float) and 0 <= timeout < FOREVER_S):
             raise ProtocolError(f"timeout must be a number of seconds from 0, not {timeout!r}")
         return cls(None if targets is None else tuple(targets), retries, fn or None, op, raw,
                    Needs.from_dict(body.get("after")), Needs.from_dict(body.get("follow")), timeout)

@@ -1,4 +1,4 @@
-"""Ways to address engines: `DirectView` (each of them) and `LoadBalancedView` (whichever is free).
+"""Ways to address engines: `DirectView` and `BroadcastView` (each of them) and `LoadBalancedView` (whichever is free).
 
 A view turns a call into tasks: it packs the function once and the arguments, writes the spec that says what is to be done
 under which conditions, and hands both to its client. It holds flags, no state: views are cheap, and may be shared by threads.
@@ -6,18 +6,20 @@ under which conditions, and hands both to its client. It holds flags, no state: 
 
 from __future__ import annotations
 
+import functools
 import json
-import sys
-from collections import deque
+import math
 from contextlib import contextmanager
-from typing import Any, Callable, Iterable, Iterator, Optional, Sequence, Union
+from typing import Any, Callable, Iterable, Iterator, Optional, Sequence, TypeVar, Union
 
-from . import pack
-from .errors import NoEnginesRegistered
+from . import functions, pack
+from .errors import CompositeError, NoEnginesRegistered
+from .maps import Gathered, LazyMapIterator, check_dist, columns, cut, split
 from .results import AsyncExecuteResult, AsyncMapResult, AsyncResult
 
 CHUNKS_PER_ENGINE = 32  # of an automatically chunked map: the last one to end costs about 1/32 of the whole
-IMAP_PER_ENGINE = 16  # items of an imap under way per engine
+
+AnyView = TypeVar("AnyView", bound="View")
 
 
 class View:
@@ -27,18 +29,23 @@ class View:
         client: the Client.
         targets: the engines addressed.
         block: whether `apply`, `map` and the like wait for the result.
-        label: a mark for the tasks, kept in their metadata.
+        label: a mark for the tasks, kept in their metadata and in the database.
+        track: has no effect, as what is sent is always tracked: see `AsyncResult.sent`.
         run_timeout: s that a task may run; then it is interrupted and fails with TaskTimeout, and if it does not react within
             2 s, its engine is killed and replaced. None: any time.
     """
 
-    _flags: tuple[str, ...] = ("targets", "block", "label", "run_timeout")
+    _flags: tuple[str, ...] = ("targets", "block", "track", "label", "run_timeout")
+    track = False
+    label: Optional[str] = None
     run_timeout: Optional[float] = None
+    _chunks = False  # whether its map takes a chunksize
 
-    def __init__(self, client: Any, targets: Any, block: Optional[bool] = None, label: Optional[str] = None):
-        self.client, self.targets, self.label = client, targets, label
+    def __init__(self, client: Any, targets: Any, block: Optional[bool] = None, **flags: Any):
+        self.client, self.targets = client, targets
         self.block: bool = client.block if block is None else block
         self._specs: dict[Any, bytes] = {}
+        self.set_flags(**flags)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.targets}>"
@@ -46,27 +53,33 @@ class View:
     def __len__(self) -> int:
         return len(self._ids()[0])
 
-    def set_flags(self, **flags: Any) -> "View":
+    def set_flags(self: AnyView, **flags: Any) -> AnyView:
         """Set flags; returns the view.
 
         Raises:
-            TypeError: there is no such flag.
+            TypeError: there is no such flag; none is set then.
         """
-        for name, value in flags.items():
+        for name in flags:
             if name not in self._flags:
                 raise TypeError(f"{type(self).__name__} has no flag {name!r}; its flags are {', '.join(self._flags)}")
-            setattr(self, name, value)
+        self.__dict__.update(flags)
         return self
 
     @contextmanager
-    def temp_flags(self, **flags: Any) -> Iterator["View"]:
+    def temp_flags(self: AnyView, **flags: Any) -> Iterator[AnyView]:
         """Set flags within a `with` block."""
-        before = {name: getattr(self, name, None) for name in flags}
+        before = {name: getattr(self, name) for name in flags if name in self._flags}
         self.set_flags(**flags)
         try:
             yield self
         finally:
             self.set_flags(**before)
+
+    def _with(self: AnyView, **flags: Any) -> AnyView:
+        """A view like this one but for some flags, which threads do not share."""
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        return view.set_flags(**flags)
 
     def _ids(self, targets: Any = None) -> tuple[list[int], bool]:
         """The engines a call goes to, and whether it is a single one's."""
@@ -75,14 +88,23 @@ class View:
     def _spec(self, op: str, fn: Optional[str], targets: Optional[Sequence[int]], **more: Any) -> bytes:
         if self.run_timeout is not None:
             more["run_timeout"] = self.run_timeout
+        if self.label is not None:
+            if not isinstance(self.label, str):
+                raise TypeError(f"a label is a text, not {type(self.label).__name__}")
+            more["label"] = self.label
+        if "after" in more or "follow" in more:  # most often different each time
+            return self._encode(op, fn, targets, more)
         key = (op, fn, None if targets is None else tuple(targets), *more.items())
         spec = self._specs.get(key)
         if spec is None:
             if len(self._specs) > 1000:
                 self._specs.clear()
-            body = {"op": op, "fn": fn, "targets": targets, "path": self.client._path, **more}
-            spec = self._specs[key] = json.dumps(body, separators=(",", ":")).encode()
+            spec = self._specs[key] = self._encode(op, fn, targets, more)
         return spec
+
+    def _encode(self, op: str, fn: Optional[str], targets: Optional[Sequence[int]], more: dict[str, Any]) -> bytes:
+        body = {"op": op, "fn": fn, "targets": targets, "path": self.client._path, **more}
+        return json.dumps(body, separators=(",", ":")).encode()
 
     def _answer(self, ar: AsyncResult, block: Optional[bool]) -> Any:
         if self.block if block is None else block:
@@ -93,8 +115,32 @@ class View:
                 raise
         return ar
 
+    def _reach(self) -> int:
+        """How many engines there are for its tasks now."""
+        return len(self.client._engines) if self.targets in (None, "all") else len(self._ids()[0])
+
+    def _one_by_one(self) -> bool:
+        """Whether items of a map should not share a task: what is said of tasks is meant for items."""
+        return self.run_timeout is not None
+
     def _waits(self, block: Optional[bool]) -> bool:
         return self.block if block is None else block
+
+    @property
+    def executor(self) -> Any:
+        """A standard `concurrent.futures.Executor` that runs its calls as this view does."""
+        from .executor import ViewExecutor
+
+        return ViewExecutor(self)
+
+    def register_joblib_backend(self, name: str = "ipclite", make_default: bool = False) -> None:
+        """Have joblib run on this view: `joblib.parallel_config(backend=name)`; see `register_joblib_backend`."""
+        from .integrations import register_joblib_backend
+
+        register_joblib_backend(name, make_default, self)
+
+    def _repr_html_(self) -> str:
+        return self.client._engines_table(repr(self), self._ids()[0])  # type: ignore[no-any-return]
 
     # --- calls
 
@@ -104,15 +150,15 @@ class View:
     def _map(self, f: Callable[..., Any], sequences: Sequence[Any], **options: Any) -> AsyncMapResult:
         raise NotImplementedError
 
-    def apply(self, f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def apply(self, f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call f(*args, **kwargs) on the engines; returns the result if `block` is set, an AsyncResult otherwise."""
         return self._answer(self._apply(f, args, kwargs, self.block), None)
 
-    def apply_async(self, f: Callable[..., Any], *args: Any, **kwargs: Any) -> AsyncResult:
+    def apply_async(self, f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> AsyncResult:
         """Call f(*args, **kwargs) on the engines; returns an AsyncResult at once."""
         return self._apply(f, args, kwargs, False)
 
-    def apply_sync(self, f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def apply_sync(self, f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call f(*args, **kwargs) on the engines and wait for the result."""
         return self._answer(self._apply(f, args, kwargs, True), True)
 
@@ -134,30 +180,46 @@ class View:
         return self._answer(self._map(f, sequences, **options), True)  # type: ignore[no-any-return]
 
     def imap(self, f: Callable[..., Any], *sequences: Iterable[Any], ordered: bool = True,
-             max_outstanding: Union[int, str] = "auto") -> Iterator[Any]:
-        """`map` that takes its items and yields their values one by one; the input may be endless.
+             max_outstanding: Union[int, str, None] = "auto", return_exceptions: bool = False) -> LazyMapIterator:
+        """`map` that takes its items as it goes and yields their values one by one; the input may be endless.
 
         Args:
             ordered: yield in the order of the items, or as the values arrive.
-            max_outstanding: items under way at most; "auto": 16 per engine.
+            max_outstanding: items under way at most; 0: no limit; "auto": 16 per engine, or more if they take very short.
+            return_exceptions: yield the exceptions of items that failed, instead of raising them.
         """
-        window = IMAP_PER_ENGINE * max(1, len(self)) if max_outstanding == "auto" else int(max_outstanding)
-        if window < 1:
-            raise ValueError(f"max_outstanding must be at least 1, not {max_outstanding}")
-        calls = zip(*sequences)
-        under_way: deque[AsyncResult] = deque()
-        while True:
-            for args in _take(calls, window - len(under_way)):
-                under_way.append(self._apply_one(f, args))
-            if not under_way:
-                return
-            self.client._connection.flush()
-            if not ordered:
-                _bring_forward(under_way)
-            yield under_way.popleft().get()
+        return LazyMapIterator(self._with(), f, sequences, ordered, max_outstanding, return_exceptions)
 
-    def _apply_one(self, f: Callable[..., Any], args: Any) -> AsyncResult:
-        return self._apply(f, args, {}, False)
+    def _chunk_spec(self, fn: str) -> bytes:
+        """For a chunk of an imap."""
+        raise NotImplementedError
+
+    def _apply_parts(self, f: Callable[..., Any], sequences: Sequence[Any], dist: str, chunksize: Optional[int],
+                     return_exceptions: bool) -> Any:
+        """Call f with parts of sequences, and put the results together again."""
+        found, total = columns(sequences)
+        found = [column[:total] for column in found]
+        specs = self._part_specs(self.client._function(f), total, chunksize)
+        cuts = [cut(column, len(specs), dist) for column in found] if specs else []
+        tasks = [(spec, pack.pack((parts, {})), 1) for spec, parts in zip(specs, zip(*cuts))]
+        ar = Gathered(self.client, _name(f), False, self.label)
+        ar._dist, ar._return_exceptions = dist, return_exceptions
+        return self._answer(_submit_all(self.client, ar, tasks), None)
+
+    def _part_specs(self, fn: str, total: int, chunksize: Optional[int]) -> list[bytes]:
+        """One for each part of a sequence of `total` items."""
+        raise NotImplementedError
+
+    def remote(self, block: Optional[bool] = None, **flags: Any) -> Callable[[Callable[..., Any]], functions.RemoteFunction]:
+        """Decorator: calling the function runs it on the engines; see `RemoteFunction`."""
+        return functions.remote(self, block, **flags)
+
+    def parallel(self, dist: str = "b", block: Optional[bool] = None, ordered: bool = True,
+                 **options: Any) -> Callable[[Callable[..., Any]], functions.ParallelFunction]:
+        """Decorator: calling the function runs it on parts of its arguments; see `ParallelFunction`."""
+        return functions.parallel(self, dist, block, ordered, **options)
+
+    # --- what the client does
 
     def wait(self, jobs: Any = None, timeout: Optional[float] = None) -> bool:
         """Wait for AsyncResults; see `Client.wait`."""
@@ -167,9 +229,48 @@ class View:
         """Take back tasks that have not started; see `Client.abort`."""
         self.client.abort(jobs)
 
-    def queue_status(self) -> dict[Any, Any]:
+    def queue_status(self, targets: Any = None, verbose: bool = False) -> dict[Any, Any]:
         """What the engines of this view have to do; see `Client.queue_status`."""
-        return self.client.queue_status(self._ids()[0])  # type: ignore[no-any-return]
+        return self.client.queue_status(self._ids(targets)[0], verbose)  # type: ignore[no-any-return]
+
+    @property
+    def history(self) -> Any:
+        """The ids of all tasks of this view's client; see `Client.history`."""
+        return self.client.history
+
+    @property
+    def outstanding(self) -> set[str]:
+        """The ids of the client's tasks that have not ended."""
+        return self.client.outstanding  # type: ignore[no-any-return]
+
+    @property
+    def results(self) -> Any:
+        """Values of the client's tasks whose AsyncResults are alive; see `Client.results`."""
+        return self.client.results
+
+    @property
+    def metadata(self) -> Any:
+        """Metadata of the client's tasks whose AsyncResults are alive; see `Client.metadata`."""
+        return self.client.metadata
+
+    def get_result(self, ids: Any = None, block: Optional[bool] = None, owner: bool = True) -> AsyncResult:
+        """Results of tasks by their ids; see `Client.get_result`."""
+        return self.client.get_result(ids, self._waits(block), owner)  # type: ignore[no-any-return]
+
+    def result_status(self, msg_ids: Any, status_only: bool = True) -> dict[str, Any]:
+        """Which tasks have ended; see `Client.result_status`."""
+        return self.client.result_status(msg_ids, status_only)  # type: ignore[no-any-return]
+
+    def purge_results(self, jobs: Any = (), targets: Any = ()) -> None:
+        """Forget tasks that have ended, here and in the controller; see `Client.purge_results`."""
+        self.client.purge_results(jobs, targets)
+
+    def shutdown(self, targets: Any = None, restart: bool = False, hub: bool = False, block: Optional[bool] = None) -> None:
+        """End the engines of this view; see `Client.shutdown`."""
+        self.client.shutdown(self._ids(targets)[0], restart=restart, hub=hub, block=self._waits(block))
+
+    def spin(self) -> None:
+        """Does nothing: results come in by themselves."""
 
 
 class DirectView(View):
@@ -202,32 +303,37 @@ class DirectView(View):
         ar = AsyncResult(self.client, _name(f), False, self.label)
         return self._call("apply", pack.pack((args, kwargs)), self.client._function(f), None, ar, not block)
 
-    def _apply_one(self, f: Callable[..., Any], args: Any) -> AsyncResult:
+    def _chunk_spec(self, fn: str) -> bytes:
         ids, _ = self._addressed()
-        ar = AsyncResult(self.client, _name(f), True, self.label)
-        engine = ids[self.client._connection.next_number % len(ids)]
-        spec = self._spec("apply", self.client._function(f), [engine])
-        return self.client._connection.submit(ar, [(spec, pack.pack((args, {})), 1)])  # type: ignore[no-any-return]
+        return self._spec("map", fn, [ids[self.client._connection.next_number % len(ids)]])
 
-    def _map(self, f: Callable[..., Any], sequences: Sequence[Any], return_exceptions: bool = False) -> AsyncMapResult:
-        """One chunk of items per engine."""
+    def _part_specs(self, fn: str, total: int, chunksize: Optional[int]) -> list[bytes]:
         ids, _ = self._addressed()
-        columns, total = _columns(sequences)
+        return [self._spec("apply", fn, [engine]) for engine in ids]
+
+    def _map(self, f: Callable[..., Any], sequences: Sequence[Any], ordered: bool = True, return_exceptions: bool = False,
+             track: Optional[bool] = None, label: Optional[str] = None) -> AsyncMapResult:
+        """One chunk of items per engine."""
+        if label is not None:
+            return self._with(label=label)._map(f, sequences, ordered, return_exceptions)
+        ids, _ = self._addressed()
+        found, total = columns(sequences)
         fn = self.client._function(f)
-        bounds = _split(total, len(ids))
-        pieces = [(engine, a, b) for engine, (a, b) in zip(ids, bounds) if b > a]
-        ar = AsyncMapResult(self.client, _name(f), [b - a for _, a, b in pieces], return_exceptions=return_exceptions, label=self.label)
-        return _submit_map(self.client, ar, [(self._spec("map", fn, [engine]), pack.pack(tuple(c[a:b] for c in columns)), 1)
+        pieces = [(engine, a, b) for engine, (a, b) in zip(ids, split(total, len(ids))) if b > a]
+        ar = AsyncMapResult(self.client, _name(f), [b - a for _, a, b in pieces], ordered, return_exceptions, self.label)
+        return _submit_all(self.client, ar, [(self._spec("map", fn, [engine]), pack.pack(tuple(c[a:b] for c in found)), 1)
                                              for engine, a, b in pieces])
 
     # --- code
 
-    def execute(self, code: str, silent: bool = True, targets: Any = None, block: Optional[bool] = None) -> Any:
+    def execute(self, code: str, silent: bool = True, targets: Any = None, block: Optional[bool] = None,
+                label: Optional[str] = None) -> Any:
         """Run Python source on the engines, in their namespace.
 
         Args:
             code: the source.
             silent: False: the reply shows the value of the last expression, like an interactive prompt.
+            label: in place of the view's own.
 
         Returns:
             An AsyncResult of an `ExecuteReply` per engine, or the replies if `block`.
@@ -235,7 +341,8 @@ class DirectView(View):
         Raises:
             SyntaxError: at once, if the code does not compile here.
         """
-        return self._execute(code, "<execute>", not silent, targets, block)
+        view = self if label is None else self._with(label=label)
+        return view._execute(code, "<execute>", not silent, targets, block)
 
     def run(self, filename: str, targets: Any = None, block: Optional[bool] = None) -> Any:
         """Run a local Python file on the engines, in their namespace; see `execute`."""
@@ -249,10 +356,10 @@ class DirectView(View):
 
     # --- names
 
-    def push(self, ns: dict[str, Any], targets: Any = None, block: Optional[bool] = None) -> Any:
-        """Set names on the engines: {name: value}."""
-        if not all(isinstance(name, str) and name.isidentifier() for name in ns):
-            raise ValueError("push takes a dict whose keys are Python names")
+    def push(self, ns: dict[str, Any], targets: Any = None, block: Optional[bool] = None, track: Optional[bool] = None) -> Any:
+        """Set names on the engines: {name: value}. A name may be that of an attribute, as in "a.b"."""
+        for name in ns:
+            _check_name(name)
         ar = AsyncResult(self.client, "push", False, self.label)
         return self._answer(self._call("push", pack.pack(dict(ns)), None, targets, ar, not self._waits(block)), block)
 
@@ -276,61 +383,109 @@ class DirectView(View):
     def __setitem__(self, name: str, value: Any) -> None:
         self.push({name: value}, block=True)
 
+    @property
+    def importer(self) -> functions.SyncImports:
+        """`sync_imports()`, for `with view.importer:`."""
+        return self.sync_imports()
+
+    def sync_imports(self, local: bool = True, quiet: bool = False) -> functions.SyncImports:
+        """Context manager: the imports in the block are made here and on the engines.
+
+        Args:
+            local: False: on the engines only.
+            quiet: do not print what is imported.
+
+        Raises (within the block):
+            ImportError: an engine has no such module.
+        """
+        def run(line: str) -> None:
+            try:
+                self.execute(line, block=True)
+            except CompositeError as e:
+                raise e.elist[0] from None
+
+        return functions.SyncImports(run, local, quiet)
+
+    def activate(self, suffix: str = "") -> "DirectView":
+        """The view itself."""
+        return self
+
+    def use_pickle(self) -> None:
+        """Pickle as at first, in this process and on the engines: a function sees the names of the engine's namespace, and
+        those that it lacks as they are here."""
+        self._use("pickle")
+
+    def use_cloudpickle(self) -> None:
+        """Pickle so that a function prefers the values that its names have here to those in the engine's namespace."""
+        self._use("cloudpickle")
+
+    def use_dill(self) -> None:
+        """Leave to dill what can not be pickled otherwise, in this process and on the engines.
+
+        Raises:
+            PackError: dill is not installed, here or there.
+        """
+        self._use("dill")
+
+    def _use(self, pickler: str) -> None:
+        pack.use(pickler)
+        self._with(block=True).apply(pack.use, pickler)
+
     def clear(self, targets: Any = None, block: Optional[bool] = None) -> Any:
         """Empty the engines' namespaces; their startup code runs again."""
         ar = AsyncResult(self.client, "clear", False, self.label)
         return self._answer(self._call("clear", pack.pack(None), None, targets, ar, not self._waits(block)), block)
 
     def scatter(self, key: str, seq: Any, dist: str = "b", flatten: bool = False, targets: Any = None,
-                block: Optional[bool] = None) -> Any:
+                block: Optional[bool] = None, track: Optional[bool] = None) -> Any:
         """Cut a sequence into one part per engine and set it there as `key`.
 
         Args:
-            seq: anything that can be sliced (list, tuple, range, numpy array), else it is made a list.
+            seq: anything that can be sliced (list, tuple, range, numpy array, pandas object), else it is made a list.
             dist: "b" for contiguous parts, "r" for every n-th element.
             flatten: where a part has one element, set that element rather than a sequence.
         """
         ids, single = self._addressed(targets)
-        (column,), total = _columns([seq])
-        if dist not in ("b", "r"):
-            raise ValueError(f"dist must be 'b' (block) or 'r' (round-robin), not {dist!r}")
-        parts = [column[a:b] for a, b in _split(total, len(ids))] if dist == "b" else [column[i :: len(ids)] for i in range(len(ids))]
+        _check_name(key)
+        parts = cut(seq, len(ids), dist)
         if flatten:
-            parts = [part[0] if len(part) == 1 else part for part in parts]
+            parts = [getattr(part, "iloc", part)[0] if len(part) == 1 else part for part in parts]
         ar = AsyncResult(self.client, "scatter", single, self.label)
         tasks = [(self._spec("push", None, [engine]), pack.pack({key: part}), 1) for engine, part in zip(ids, parts)]
         return self._answer(self.client._connection.submit(ar, tasks, not self._waits(block)), block)
 
     def gather(self, key: str, dist: str = "b", targets: Any = None, block: Optional[bool] = None) -> Any:
         """The inverse of `scatter`: the parts named `key` put together again."""
-        if dist not in ("b", "r"):
-            raise ValueError(f"dist must be 'b' (block) or 'r' (round-robin), not {dist!r}")
-        ar = _Gathered(self.client, "gather", False, self.label)
+        check_dist(dist)
+        ar = Gathered(self.client, "gather", False, self.label)
         ar._dist = dist
         ids, _ = self._addressed(targets)
         self.client._connection.submit(ar, [(self._spec("pull", None, ids), pack.pack(key), len(ids))], not self._waits(block))
         return self._answer(ar, block)
 
 
-class _Gathered(AsyncResult):
-    """What `gather` returns: one sequence, put together from the engines' parts."""
+class BroadcastView(DirectView):
+    """A DirectView for many engines: what it sends to all of them is one message, and with `is_coalescing` so is the answer.
 
-    _dist = "b"
+    Attributes (besides View's):
+        is_coalescing: the controller keeps the results of a call until it has all of them, and sends them together.
 
-    def _final(self, return_exceptions: bool) -> Any:
-        parts = super()._final(False)
-        numpy = sys.modules.get("numpy")
-        if numpy is not None and any(isinstance(part, numpy.ndarray) for part in parts):
-            if self._dist == "b":
-                return numpy.concatenate(parts)
-            whole = numpy.empty((sum(len(part) for part in parts), *parts[0].shape[1:]), numpy.result_type(*parts))
-            for i, part in enumerate(parts):
-                whole[i :: len(parts)] = part
-            return whole
-        if self._dist == "b":
-            return [x for part in parts for x in part]
-        longest = max(len(part) for part in parts)
-        return [part[i] for i in range(longest) for part in parts if i < len(part)]
+    Example:
+        >>> view = rc.broadcast_view(is_coalescing=True)
+        >>> view.apply_sync(lambda x: x + 1, 2)
+        [3, 3, 3, 3]
+    """
+
+    _flags = (*View._flags, "is_coalescing")
+    is_coalescing = False
+
+    def __repr__(self) -> str:
+        return f"<BroadcastView {self.targets}>"
+
+    def _spec(self, op: str, fn: Optional[str], targets: Optional[Sequence[int]], **more: Any) -> bytes:
+        if self.is_coalescing and targets is not None and len(targets) > 1:
+            more["coalesce"] = True
+        return super()._spec(op, fn, targets, **more)
 
 
 class LoadBalancedView(View):
@@ -338,24 +493,66 @@ class LoadBalancedView(View):
 
     Attributes (besides View's):
         retries: how often a task that raised is run again, each time on an engine that has not failed it yet.
+        after: tasks that must have ended before: an AsyncResult, a message id, a list of these, or a `Dependency`. When that
+            can not happen any more the task fails with ImpossibleDependency, when one is not known with InvalidDependency.
+        follow: the same, and the task runs on an engine where one of them (a Dependency with `all`: each of them) ran.
+        timeout: s that a task may wait for these and for an engine; then it fails with DependencyTimeout or TaskTimeout. 0:
+            it runs at once or not at all. None: any time.
 
     Example:
         >>> view = rc.load_balanced_view()
         >>> view.map_sync(lambda x: x**2, range(5))
         [0, 1, 4, 9, 16]
+        >>> first = view.apply_async(os.getpid)
+        >>> with view.temp_flags(follow=first):
+        ...     view.apply_sync(os.getpid) == first.get()
+        True
     """
 
-    _flags = (*View._flags, "retries")
+    _flags = (*View._flags, "follow", "after", "timeout", "retries")
+    follow: Any = None
+    after: Any = None
+    timeout: Optional[float] = None
+    retries = 0
+    _chunks = True
 
-    def __init__(self, client: Any, targets: Any = None, block: Optional[bool] = None, label: Optional[str] = None, retries: int = 0):
-        super().__init__(client, targets, block, label)
-        self.retries = retries
+    def __init__(self, client: Any, targets: Any = None, block: Optional[bool] = None, **flags: Any):
+        super().__init__(client, targets, block, **flags)
 
     def __repr__(self) -> str:
         return f"<LoadBalancedView {'all' if self.targets is None else self.targets}>"
 
     def _task_spec(self, op: str, fn: str) -> bytes:
-        return self._spec(op, fn, self.targets, retries=self.retries) if self.retries else self._spec(op, fn, self.targets)
+        if self.after is None and self.follow is None and self.timeout is None and not self.retries:
+            return self._spec(op, fn, self.targets)
+        return self._spec(op, fn, self.targets, **self._conditions())
+
+    _chunk_spec = functools.partialmethod(_task_spec, "map")
+
+    def _one_by_one(self) -> bool:
+        return self.run_timeout is not None or bool(self.retries)
+
+    def _conditions(self) -> dict[str, Any]:
+        """The flags that the scheduler reads, as it reads them."""
+        found: dict[str, Any] = {}
+        if self.retries:
+            if type(self.retries) is not int or self.retries < 0:
+                raise ValueError(f"retries must be a whole number from 0 up, not {self.retries!r}")
+            found["retries"] = self.retries
+        if self.timeout is not None:
+            if isinstance(self.timeout, bool) or not 0 <= self.timeout < math.inf:
+                raise ValueError(f"timeout must be a number of seconds from 0 up, not {self.timeout!r}")
+            found["timeout"] = self.timeout
+        for name in ("after", "follow"):
+            tasks = getattr(self, name)
+            if tasks is not None:
+                needs = functions.Dependency.of(tasks)
+                if needs:
+                    found[name] = needs.as_spec()
+        return found
+
+    def _part_specs(self, fn: str, total: int, chunksize: Optional[int]) -> list[bytes]:
+        return [self._task_spec("apply", fn)] * -(-total // _checked(chunksize or 1))
 
     def _apply(self, f: Callable[..., Any], args: Any, kwargs: Any, block: bool) -> AsyncResult:
         client = self.client
@@ -364,22 +561,26 @@ class LoadBalancedView(View):
         return client._connection.submit(AsyncResult(client, _name(f), True, self.label), ((spec, payload, 1),), not block)  # type: ignore[no-any-return]
 
     def _map(self, f: Callable[..., Any], sequences: Sequence[Any], chunksize: Optional[int] = None, ordered: bool = True,
-             return_exceptions: bool = False) -> AsyncMapResult:
+             return_exceptions: bool = False, label: Optional[str] = None) -> AsyncMapResult:
         """Chunks of `chunksize` items; None: sized so that every engine gets about 32."""
-        columns, total = _columns(sequences)
-        if chunksize is None and self.run_timeout is not None:
-            chunksize = 1  # the time is meant for an item
+        if label is not None:
+            return self._with(label=label)._map(f, sequences, chunksize, ordered, return_exceptions)
+        found, total = columns(sequences)
         if chunksize is None:
-            chunksize = max(1, -(-total // (CHUNKS_PER_ENGINE * max(1, len(self)))))
-        if type(chunksize) is not int or chunksize < 1:
-            raise ValueError(f"chunksize must be a whole number from 1 up, not {chunksize!r}")
+            chunksize = 1 if self._one_by_one() else max(1, -(-total // (CHUNKS_PER_ENGINE * max(1, len(self)))))
+        _checked(chunksize)
         starts = range(0, total, chunksize)
         ar = AsyncMapResult(self.client, _name(f), [min(chunksize, total - a) for a in starts], ordered, return_exceptions, self.label)
         spec = self._task_spec("map", self.client._function(f))
-        return _submit_map(self.client, ar, [(spec, pack.pack(tuple(c[a : a + chunksize] for c in columns)), 1) for a in starts])
+        tasks = [(spec, pack.pack(tuple(c[a : min(a + chunksize, total)] for c in found)), 1) for a in starts]
+        return _submit_all(self.client, ar, tasks)
 
 
-def _submit_map(client: Any, ar: AsyncMapResult, tasks: list[Any]) -> AsyncMapResult:
+AnyResult = TypeVar("AnyResult", bound=AsyncResult)
+
+
+def _submit_all(client: Any, ar: AnyResult, tasks: list[Any]) -> AnyResult:
+    """Submit the tasks of a call, of which there may be none."""
     client._connection.submit(ar, tasks)
     if not tasks:
         ar._finish()
@@ -390,38 +591,12 @@ def _name(f: Any) -> str:
     return getattr(f, "__name__", None) or type(f).__name__
 
 
-def _columns(sequences: Sequence[Any]) -> tuple[list[Any], int]:
-    """Sequences that can be sliced, all of the length of the shortest, as `map` has it."""
-    if not sequences:
-        raise TypeError("map needs at least one sequence")
-    columns = [s if hasattr(s, "__getitem__") and hasattr(s, "__len__") and not isinstance(s, dict) else list(s) for s in sequences]
-    return columns, min(len(c) for c in columns)
+def _checked(chunksize: Any) -> int:
+    if type(chunksize) is not int or chunksize < 1:
+        raise ValueError(f"chunksize must be a whole number from 1 up, not {chunksize!r}")
+    return chunksize
 
 
-def _split(total: int, parts: int) -> list[tuple[int, int]]:
-    """Bounds of `parts` contiguous ranges that cover range(total), the longer ones first."""
-    size, longer = divmod(total, parts)
-    bounds, at = [], 0
-    for i in range(parts):
-        end = at + size + (i < longer)
-        bounds.append((at, end))
-        at = end
-    return bounds
-
-
-def _take(calls: Iterator[Any], n: int) -> Iterator[Any]:
-    for _ in range(n):
-        try:
-            yield next(calls)
-        except StopIteration:
-            return
-
-
-def _bring_forward(under_way: deque[AsyncResult]) -> None:
-    """Wait until one of them has ended and put it first."""
-    from concurrent.futures import FIRST_COMPLETED, wait
-
-    if not under_way[0].done():
-        done = next(iter(wait(under_way, return_when=FIRST_COMPLETED).done))
-        under_way.remove(done)  # type: ignore[arg-type]
-        under_way.appendleft(done)  # type: ignore[arg-type]
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"{name!r} is not a name that can be set on an engine")

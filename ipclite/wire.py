@@ -3,7 +3,8 @@
 A message is a list of frames. The first is one of the constants below (two bytes: version and kind); what follows
 depends on the kind:
 
-    HELLO WELCOME REFUSED EXITED CONTROL ENGINES QUERY REPLY BYE    one JSON object
+    HELLO WELCOME REFUSED EXITED CONTROL ENGINES BYE                one JSON object
+    QUERY REPLY                                                     one JSON object, and the buffers that it refers to
     PING PONG                                                       nothing
     FUNCTION                                                        digest, then the frames of the function
     FORGET ABORT RETURNED                                           ids, see below
@@ -87,11 +88,41 @@ def task_key(text: str) -> TaskKey:
     Raises:
         ValueError: not a message id.
     """
-    session, _, number = text.partition("-")
-    raw = bytes.fromhex(session)
-    if len(raw) != SESSION_SIZE:
-        raise ValueError(f"{text!r} is not a message id")
-    return raw, int(number)
+    try:
+        session, _, number = text.partition("-")
+        key = (bytes.fromhex(session), int(number))
+        if len(key[0]) == SESSION_SIZE and msg_id(key) == text and 0 <= key[1] < SEQ_END:
+            return key
+    except (AttributeError, TypeError, ValueError):
+        pass  # say what it is not, whatever it is
+    raise ValueError(f"{str(text)[:100]!r} is not a message id, which is 16 hexadecimal digits, a dash and a number")
+
+
+def slots(seqs: Sequence[int], size: int) -> list[tuple[int, int, int]]:
+    """Where numbers are, in their order, in a table cut into blocks of `size`: (number of the block, first place in it, end in
+    it) of each run of consecutive ones."""
+    first, n = seqs[0], len(seqs)
+    if n == 1 or type(seqs) is range or seqs == list(range(first, first + n)):
+        number, a = divmod(first, size)
+        if a + n <= size:
+            return [(number, a, a + n)]
+        runs = [range(first, first + n)]
+    else:
+        runs, end = [], first - 1
+        for seq in seqs:
+            if seq != end:
+                runs.append(range(seq, seq))
+            end = seq + 1
+            runs[-1] = range(runs[-1].start, end)
+    places = []
+    for run in runs:
+        at = run.start
+        while at < run.stop:
+            number, a = divmod(at, size)
+            b = min(size, a + run.stop - at)
+            places.append((number, a, b))
+            at += b - a
+    return places
 
 
 def encode_json(kind: bytes, body: Any) -> list[Buffer]:
@@ -105,6 +136,45 @@ def decode_json(frames: Sequence[Any], at: int = 1) -> Any:
         return json.loads(bytes(frames[at]))
     except (IndexError, ValueError, RecursionError) as e:
         raise ProtocolError(f"frame {at} is not JSON: {e}") from None
+
+
+def encode_query(kind: bytes, body: Any) -> list[Buffer]:
+    """QUERY and REPLY: like `encode_json`, but datetimes become {"$date": ISO text}, and bytes {"$buffer": n}, n being the
+    frame after the JSON that holds them."""
+    buffers: list[Buffer] = []
+
+    def other(value: Any) -> Any:
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            buffers.append(value)
+            return {"$buffer": len(buffers) - 1}
+        if hasattr(value, "isoformat") and hasattr(value, "astimezone"):
+            return {"$date": (value if value.tzinfo else value.astimezone()).isoformat()}
+        if isinstance(value, (set, frozenset)):
+            return list(value)
+        raise TypeError(f"{value!r} can not be part of a query")
+
+    return [kind, json.dumps(body, separators=(",", ":"), default=other).encode(), *buffers]
+
+
+def decode_query(frames: Sequence[Any]) -> dict[str, Any]:
+    """The inverse of `encode_query`; dates have a time zone."""
+    from datetime import datetime
+
+    def other(value: dict[str, Any]) -> Any:
+        if len(value) == 1:
+            if "$date" in value:
+                return datetime.fromisoformat(value["$date"])
+            if "$buffer" in value:
+                return frames[2 + value["$buffer"]]
+        return value
+
+    try:
+        body = json.loads(bytes(frames[1]), object_hook=other)
+    except (IndexError, TypeError, ValueError, RecursionError) as e:
+        raise ProtocolError(f"a query is malformed: {e}") from None
+    if not isinstance(body, dict):
+        raise ProtocolError("the body is not a JSON object")
+    return body
 
 
 def decode_dict(frames: Sequence[Any]) -> dict[str, Any]:
@@ -268,7 +338,8 @@ def decode_ids(frames: Sequence[Any]) -> tuple[bytes, list[tuple[int, int]]]:
 
 
 def encode_output(session: bytes, engine_id: int, pieces: list[Any]) -> list[Buffer]:
-    """OUTPUT: pieces [number of the task, "stdout" or "stderr", text] written on an engine."""
+    """OUTPUT: pieces [number of the task, "stdout", "stderr" or "data", text] written on an engine. The text of "data" is
+    a payload in base64."""
     return [OUTPUT, _OUTPUT_HEAD.pack(session, engine_id), json.dumps(pieces, separators=(",", ":")).encode()]
 
 
@@ -277,4 +348,12 @@ def decode_output(frames: Sequence[Any]) -> tuple[bytes, int, list[Any]]:
     if len(frames) != 3 or len(frames[1]) != _OUTPUT_HEAD.size:
         raise ProtocolError("an output message has the wrong frames")
     session, engine_id = _OUTPUT_HEAD.unpack(bytes(frames[1]))
-    return session, engine_id, decode_json(frames, 2)
+    pieces = decode_json(frames, 2)
+    if not isinstance(pieces, list) or not all(map(_is_piece, pieces)):
+        raise ProtocolError("an output message has pieces that are none")
+    return session, engine_id, pieces
+
+
+def _is_piece(piece: Any) -> bool:
+    return (isinstance(piece, list) and len(piece) == 3 and type(piece[0]) is int and piece[1] in ("stdout", "stderr", "data")
+            and isinstance(piece[2], str))

@@ -74,13 +74,19 @@ def start(ipython_dir):
 
 
 @pytest.fixture(scope="module")
-def rc():
-    """The client of a cluster of two engines, for all tests of a file. For tests that end nothing."""
+def cluster_of():
+    """A function that starts a cluster of n engines for all tests of a file, and returns its client."""
     with pytest.MonkeyPatch.context() as monkeypatch, _own_folders(monkeypatch) as folder:
         leaks = Leaks(folder.parent)
-        with ipp.Cluster(n=2) as client:
-            yield client
+        with contextlib.ExitStack() as stack:
+            yield lambda n: stack.enter_context(ipp.Cluster(n=n))
         _expect_nothing(leaks)
+
+
+@pytest.fixture(scope="module")
+def rc(cluster_of):
+    """The client of a cluster of two engines, for all tests of a file. For tests that end nothing."""
+    return cluster_of(2)
 
 
 @pytest.fixture

@@ -26,15 +26,18 @@ class Command:
     Args:
         words: the command line after the package's name.
         env: environment variables over ours.
+        via: a command that runs another one, which is put before.
     """
 
     def __init__(self, *words: str, env: Optional[dict[str, str]] = None, cwd: Optional[Path] = None,
-                 code: Optional[list[str]] = None):
+                 code: Optional[list[str]] = None, via: tuple[str, ...] = ()):
         self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         path = os.pathsep.join(filter(None, (str(ROOT), (env or {}).get("PYTHONPATH"))))
         self.process = subprocess.Popen(
-            [sys.executable, *(code or ["-m", "ipclite", *words])], stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err,
-            env={**os.environ, **(env or {}), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}, cwd=cwd, start_new_session=True)
+            [*via, sys.executable, *(code or ["-m", "ipclite", *words])], stdin=subprocess.DEVNULL, stdout=self._out,
+            stderr=self._err,
+            env={**os.environ, **(env or {}), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}, cwd=cwd,
+            start_new_session=True)
         self.pid = self.process.pid
 
     @staticmethod
@@ -64,7 +67,8 @@ class Command:
 
     def says(self, text: str, timeout: float = 30) -> "Command":
         """Wait until it has written `text`."""
-        eventually(lambda: text in self.out + self.err or not self.running(), timeout, f"{text!r} in {self.out}{self.err}")
+        eventually(lambda: text in self.out + self.err or not self.running(), timeout,
+                   f"{text!r} in {self.out}{self.err}")
         assert text in self.out + self.err, f"it ended with {self.process.poll()}: {self.out}{self.err}"
         return self
 
@@ -91,8 +95,8 @@ def run(*words: str, timeout: float = 30, **options: Any) -> Command:
 
 
 def one_sentence(command: Command, code: int, *words: str) -> str:
-    """Check that a command failed as a person wants it: with this exit code and one line on stderr that has these words,
-    besides the lines of its log. Returns the line."""
+    """Check that a command failed as a person wants it: with this exit code and one line on stderr that has these
+    words, besides the lines of its log. Returns the line."""
     lines = [line for line in command.err.splitlines() if not line[:4].isdigit()]
     assert command.process.returncode == code, (command.process.returncode, command.err)
     assert "Traceback" not in command.err, command.err

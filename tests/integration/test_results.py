@@ -119,7 +119,7 @@ def test_timeouts(balanced, tmp_path):
     with pytest.raises(TimeoutError):
         ar.exception(0.01)
     assert ar.wait(0) is False and not ar.ready()
-    with pytest.raises(ValueError, match="not ended"):
+    with pytest.raises(RuntimeError, match="not ended"):
         ar.successful()
     with pytest.raises(ValueError, match="not ended"):
         print(ar.wall_time)

@@ -11,8 +11,8 @@ import socket
 import pytest
 
 import ipclite as ipp
-from ipclite import cluster as module
-from ipclite import config, launchers
+from ipclite import config, errors, launchers
+from ipclite import ipcluster as module
 from ipclite.cluster import Cluster, ClusterManager, clean_cluster_files, main
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -67,7 +67,7 @@ class Fake(launchers.BaseLauncher):
         self = cls(profile_dir=state["profile_dir"], cluster_id=state["cluster_id"], owned=False, **more)
         self.key = state["key"]
         if self.key not in alive:
-            raise launchers.NotRunning("It has ended. it was killed")
+            raise errors.NotRunning("It has ended. it was killed")
         self.notify_start({})
         return self
 
@@ -191,7 +191,9 @@ def test_the_profile_is_read_and_arguments_win():
     ({"engines": "nope"}, ipp.ConfigError, "There is no engine launcher 'nope'; choose from local"),
     ({"engines": "local", "engine_launcher_class": "local"}, TypeError, "engines and engine_launcher_class are"),
     ({"controller": "local", "controller_launcher_class": "local"}, TypeError, "controller and controller_launcher"),
-    ({"delay": 1}, TypeError, "delay"),
+    ({"dealy": 1}, TypeError, "dealy"),
+    ({"delay": -1}, ipp.ConfigError, "delay needs a number of seconds, not -1."),
+    ({"config": {"Cluster": {"dealy": 3}}}, ipp.ConfigError, "unknown key c.Cluster.dealy in config; did you mean delay"),
     ({"profile": "a/b"}, ipp.ConfigError, "name has no slashes"),
 ])
 def test_wrong_arguments(arguments, error, message):
@@ -453,7 +455,7 @@ def test_clean(home):
 
 
 @pytest.mark.parametrize("argv, code, message", [
-    (["strat"], 2, "unknown command 'strat'; choose from start, engines, stop, list, clean."),
+    (["strat"], 2, "unknown command 'strat'; choose from start, engines, stop, list, status, logs, clean."),
     (["start", "-n", "0"], 2, "-n needs a whole number above 0, not '0'."),
     (["start", "--foo"], 2, "unknown flag --foo for ipcluster start"),
     (["start", "--engines=nope"], 2, "There is no engine launcher 'nope'"),

@@ -9,11 +9,12 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from ipclite import config
+from ipclite import config, files
 from ipclite.errors import ConfigError, ConnectionFileError, LauncherError
 
 INFO = {"program": "ipclite", "role": "client", "url": "", "ipc": "/tmp/x", "ssh": "", "location": "here",
@@ -58,7 +59,8 @@ def test_the_table_is_consistent():
         seen.add(option.name)
         assert option.kind in config.KINDS and option.help and set(option.roles) <= set(config.PROGRAMS)
         assert option.section in {"Application", *config.CHAINS, *(n for c in config.CHAINS.values() for n in c),
-                                  "HeartMonitor", "TaskScheduler", "IPClusterStop", "IPClusterList", "IPClusterClean"}
+                                  "HeartMonitor", "TaskScheduler", "IPClusterStop", "IPClusterList", "IPClusterClean",
+                                  "IPClusterLogs", "Profile", "DictDB", "SQLiteDB", "MongoDB"}
 
 
 @pytest.mark.parametrize("role", config.PROGRAMS)
@@ -112,6 +114,8 @@ def test_forms_of_a_flag(words):
     ("controller", ["--ports=10-12,20"], "IPController.ports", [10, 11, 12, 20]),
     ("controller", ["--ping=500"], "HeartMonitor.period", 500),
     ("controller", ["--hwm=0"], "TaskScheduler.hwm", 0),
+    ("controller", ["--scheme=lru"], "TaskScheduler.scheme_name", "lru"),
+    ("controller", [], "TaskScheduler.scheme_name", "leastload"),
     ("controller", [], "TaskScheduler.hwm", None),
     ("cluster start", ["--daemonize"], "Cluster.daemonize", True),
     ("cluster start", ["--Cluster.controller_args=['--reuse']"], "Cluster.controller_args", ["--reuse"]),
@@ -263,6 +267,52 @@ def test_what_has_no_effect_is_a_warning(profile, package_log, text, message):
     assert message in package_log.text and len(package_log.records) == 1
 
 
+def test_layers_of_files(profile, home, tmp_path, monkeypatch):
+    system = [tmp_path / "etc", tmp_path / "local"]
+    monkeypatch.setattr(config, "SYSTEM_DIRS", system)
+    for folder in system:
+        folder.mkdir()
+    (system[0] / "ipengine_config.py").write_text("c.IPEngine.n = 2\nc.IPEngine.timeout = 2\n"
+                                                  "c.IPEngine.startup_command = 'etc'")
+    (system[1] / "ipengine_config.py").write_text("c.IPEngine.n = 3\nc.IPEngine.timeout = 3")
+    path = profile("engine", "c.IPEngine.n = 4\nc.IPEngine.startup_script = 'a.py'")
+    path.with_suffix(".json").write_text('{"IPEngine": {"startup_script": "b.py"}}')
+    extra = tmp_path / "x.py"
+    extra.write_text("c.EngineFactory.location = 'x'")
+    settings = config.parse("engine", [f"--config={extra}"])
+    assert (settings["IPEngine.n"], settings["IPEngine.timeout"], settings["IPEngine.startup_command"]) == (4, 3, "etc")
+    assert settings["IPEngine.startup_script"] == os.path.abspath("b.py") and settings["IPEngine.location"] == "x"
+    assert settings.origins["IPEngine.timeout"] == f"c.IPEngine.timeout in {system[1] / 'ipengine_config.py'}"
+    assert settings.table()["IPEngine.url_file"] == {"value": "", "from": "default"}
+
+
+@pytest.mark.parametrize("words, rest", [
+    (["--usethreads", "--ping=5"], 5), (["--ident", "me", "--ping=5"], 5), (["--ident=me", "--ping=5"], 5),
+    (["--IPController.use_threads=True", "--ping=5"], 5), (["--Session.key=x", "--ping=5"], 5),
+])
+def test_flags_that_have_no_effect(words, rest, package_log):
+    assert config.parse("controller", words)["HeartMonitor.period"] == rest
+    assert f"{words[0].partition('=')[0]} has no effect" in package_log.text and len(package_log.records) == 1
+
+
+@pytest.mark.parametrize("section, key, value", [
+    ("PBSLauncher", "queue", "q"), ("SSHEngineSetLauncher", "engines", {"a": (1, [])}), ("MPILauncher", "mpi_args", []),
+    ("SlurmControllerLauncher", "timelimit", "1:0"), ("WinHPCJobLauncher", "anything", 1),
+])
+def test_settings_of_what_is_absent(section, key, value, package_log):
+    if not config.is_absent(section, key, "cluster"):
+        pytest.fail("it is here now: give it its rows in OPTIONS, and this test another example")
+    assert config.layer_of("cluster start", {section: {key: value}}) == {}
+    assert f"c.{section}.{key} in config" in package_log.text
+
+
+def test_no_row_is_absent_or_unneeded():
+    for option in config.OPTIONS:
+        for app in {config.app_of(role) for role in option.roles} & set(config.APPS):
+            assert not config.is_absent(option.section, option.key, app), option.name
+            assert not config.is_unneeded(option.section, option.key, app), option.name
+
+
 # ---------------------------------------------------------------- profiles
 
 
@@ -283,7 +333,7 @@ def test_where_profiles_are(home, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("where", [{"profile": "nope"}, {"profile_dir": "/nowhere/at/all"}])
 def test_a_named_profile_must_exist(where, home):
-    with pytest.raises(ConfigError, match="There is no profile /.*mkdir -p"):
+    with pytest.raises(ConfigError, match="There is no profile /.*ipclite profile create"):
         config.find_profile_dir(**where)
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in where.items()]
     with pytest.raises(ConfigError, match="There is no profile"):
@@ -418,7 +468,94 @@ def test_a_dead_run(tmp_path):
     assert config.dead_run({**INFO, "pid": child.pid, "host": "another"}) == ""
 
 
+# ---------------------------------------------------------------- locks
+
+
+def holder(**changes):
+    """What a lock says of who holds it."""
+    found = {"host": socket.gethostname(), "pid": os.getpid(), "pid_start": config.process_start(os.getpid())}
+    return json.dumps({**found, **changes})
+
+
+def test_a_lock_keeps_others_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LOCK_PATIENCE_S", 0.05)
+    path = tmp_path / "lock"
+    with config.locked(path):
+        assert json.loads(path.read_text()) == json.loads(holder())
+        with pytest.raises(ConfigError, match="lock is held by another process; remove it"), config.locked(path):
+            pytest.fail("two are in")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_of_many_gets_a_lock(tmp_path):
+    inside, most = [], []
+
+    def enter():
+        for _ in range(20):
+            with config.locked(tmp_path / "lock"):
+                inside.append(1)
+                most.append(len(inside))
+                inside.pop()
+    threads = [threading.Thread(target=enter) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 80 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", [holder(pid=2**22 - 1), holder(pid_start="another time")])
+def test_a_dead_holder_loses_its_lock(tmp_path, text):
+    (tmp_path / "lock").write_text(text)
+    with config.locked(tmp_path / "lock"):
+        assert json.loads((tmp_path / "lock").read_text()) == json.loads(holder())
+
+
+@pytest.mark.parametrize("text", ["", "[", "{}", holder(host="elsewhere")])
+def test_a_lock_that_nobody_can_judge_grows_old(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(files, "LOCK_PATIENCE_S", 0.02)
+    path = tmp_path / "lock"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="is held"), config.locked(path):
+        pytest.fail("it was broken too early")
+    os.utime(path, (1, 1))
+    with config.locked(path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_without_hard_links(tmp_path, monkeypatch):
+    def link(*_):
+        raise PermissionError(1, "no hard links here")
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(files, "LOCK_PATIENCE_S", 0.02)
+    with config.locked(tmp_path / "lock"):
+        with pytest.raises(ConfigError, match="is held"), config.locked(tmp_path / "lock"):
+            pytest.fail("two are in")
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---------------------------------------------------------------- processes and logging
+
+
+def test_clean_logs(tmp_path):
+    folder = tmp_path / "log"
+    folder.mkdir()
+    (folder / f"ipengine-x-{os.getpid()}.log").write_text("alive")
+    for i in range(4):
+        (folder / f"ipengine-{2**22 - 2 - i}.log").write_text("ended")
+        os.utime(folder / f"ipengine-{2**22 - 2 - i}.log", (1000 + i, 1000 + i))
+    assert config.clean_logs(tmp_path, keep=9) == []
+    assert len(config.clean_logs(tmp_path, keep=3, age_s=10)) == 1
+    assert not (folder / f"ipengine-{2**22 - 2}.log").exists()
+    assert len(config.clean_logs(tmp_path)) == 3
+    assert [path.name for path in folder.iterdir()] == [f"ipengine-x-{os.getpid()}.log"]
+
+
+def test_young_logs_are_kept(tmp_path):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / f"ipengine-{2**22 - 2}.log").write_text("ended just now")
+    assert config.clean_logs(tmp_path, keep=0, age_s=60) == []
 
 
 def test_process_identity():

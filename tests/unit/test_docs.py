@@ -12,8 +12,8 @@ from unit.test_architecture import MAY_IMPORT, MODULES
 
 from ipclite import config
 from ipclite.__main__ import ROLES
-from ipclite.cluster import COMMANDS
 from ipclite.errors import ConfigError
+from ipclite.ipcluster import COMMANDS
 from ipclite.tasks import TRANSITIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,10 +64,12 @@ def complaint(words: list[str]) -> str:
     role, rest = role_of(words)
     if not role:
         return ""
+    if role == "completion" and rest in (["bash"], ["zsh"]):
+        return ""
     if role not in config.PROGRAMS:
         return f"there is no command {role}"
     try:
-        config._read_argv(role, rest)
+        config.read_argv(role, rest)
     except ConfigError as e:
         return str(e)
     return ""
@@ -79,9 +81,11 @@ def role_of(words: list[str]) -> tuple[str, list[str]]:
         role, rest = words[2].partition(".")[2], words[3:]
     elif words[0] in ("ipcluster", "ipcontroller", "ipengine"):
         role, rest = words[0][2:], words[1:]
+    elif words[0] == "ipclite":
+        role, rest = words[1], words[2:]
     else:
         return "", []
-    return (" ".join([role, *rest[:1]]), rest[1:]) if role == "cluster" else (role, rest)
+    return (" ".join([role, *rest[:1]]), rest[1:]) if role in ("cluster", "profile") else (role, rest)
 
 
 @pytest.mark.parametrize("source", blocks(README, "python"))
@@ -116,7 +120,7 @@ def test_a_command_that_does_not_exist_is_noticed(line):
 
 
 def test_the_roles_of_the_documents_are_the_entrances():
-    assert {role.split()[0] for role in config.PROGRAMS} == set(ROLES)
+    assert {role.split()[0] for role in config.PROGRAMS} | {"completion"} == set(ROLES)
     assert {role.split()[1] for role in config.CLUSTER} == set(COMMANDS)
 
 

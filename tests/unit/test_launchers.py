@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ipclite import config, launchers
-from ipclite.errors import ConfigError, LauncherError
+from ipclite.errors import ConfigError, LauncherError, NotRunning
 
 PY = [sys.executable, "-S", "-c"]
 READ = "import sys; print('up', sys.argv[1:], flush=True); "
@@ -140,14 +140,14 @@ def test_to_and_from_dict(make):
     other.on_stop(lambda data: told.set())
     other.stop()
     assert told.wait(10) and other.stop_data["reason"] == "has ended" and not launcher.running
-    with pytest.raises(launchers.NotRunning, match="The engine, pid .* has ended. up "):
+    with pytest.raises(NotRunning, match="The engine, pid .* has ended. up "):
         type(launcher).from_dict(state)
 
 
 def test_a_recycled_pid_is_left_alone(make):
     launcher = make()
     launcher.start()
-    with pytest.raises(launchers.NotRunning):
+    with pytest.raises(NotRunning):
         type(launcher).from_dict({**launcher.to_dict(), "pid_start": "another time"})
     launchers.Process(launcher.process.pid, "another time").send(signal.SIGKILL)
     assert launcher.running
@@ -156,8 +156,12 @@ def test_a_recycled_pid_is_left_alone(make):
 def test_another_host(make):
     launcher = make()
     launcher.start()
-    with pytest.raises(LauncherError, match="runs on elsewhere"):
-        type(launcher).from_dict({**launcher.to_dict(), "host": "elsewhere"})
+    found = type(launcher).from_dict({**launcher.to_dict(), "host": "elsewhere"})
+    assert found.running and found.to_dict()["host"] == "elsewhere"
+    for act in (found.stop, lambda: found.signal(signal.SIGTERM)):
+        with pytest.raises(LauncherError, match="runs on elsewhere; go there"):
+            act()
+    assert launcher.running
 
 
 def test_what_cant_be_started(make, tmp_path):

@@ -1046,3 +1046,66 @@ def test_a_class_that_the_client_does_not_know(peer: Peer, tmp_path: Path) -> No
         peer.call(main_scope("def f(): raise engine_only.Strange('what')")["f"])
     assert type(caught.value) is errors.RemoteError
     assert (caught.value.ename, caught.value.evalue) == ("Strange", "what") and "Strange" in caught.value.traceback
+
+
+# --- what is looked up on arrival, picklers, what is packed once
+
+
+def test_a_reference_is_evaluated_where_it_arrives() -> None:
+    from ipclite.functions import Reference
+
+    payload = pack.pack({"x": [Reference("a + 1")]})
+    assert pack.is_live(payload) and not pack.is_live(pack.pack({"x": [1]})) and not pack.is_live(pack.pack(1))
+    for a in (1, 2):
+        assert pack.unpack(payload, {"a": a}) == {"x": [a + 1]}
+    assert pack.unpack(payload) == {"x": [Reference("a + 1")]}, "where there is no namespace it stays what it is"
+    with pytest.raises(NameError, match="'a'"):
+        pack.unpack(payload, {})
+    with pytest.raises(errors.UnpackError):
+        pack.unpack(pack.pack(main_scope("class A:\n    def __reduce__(self): return int, ('x',)")["A"]()), {})
+
+
+def test_a_function_that_holds_a_reference_is_live() -> None:
+    from ipclite.functions import Reference
+
+    f = main_scope("def f(): return there", there=Reference("a"))["f"]
+    for _ in range(2):
+        _, payload = pack.pack_function(f)
+        assert pack.is_live(payload)
+    assert not pack.is_live(pack.pack_function(main_scope("def f(): return 1")["f"])[1])
+
+
+def test_use_cloudpickle_prefers_the_senders_names() -> None:
+    scope = main_scope("def f(): return a, b, len('ab'), g()\ndef g(): global c; c = a; return c", a=1)
+    namespace: dict[str, Any] = {"__builtins__": builtins, "a": 10, "b": 20}
+    try:
+        pack.use("cloudpickle")
+        names: dict[str, Any] = {}
+        f = pack.unpack(pack.pack_function(scope["f"])[1], namespace, names)
+        assert f() == (1, 20, 2, 1) and names == {}
+        namespace["b"] = 21
+        assert f()[1] == 21 and set(namespace) == {"__builtins__", "a", "b"}
+        with pytest.raises(NameError):
+            pack.unpack(pack.pack_function(main_scope("def f(): return a, nowhere", a=1)["f"])[1], namespace)()
+    finally:
+        pack.use("pickle")
+    names = {}
+    f = pack.unpack(pack.pack_function(scope["f"])[1], namespace, names)
+    with pack.lend(namespace, pack.merged(names)):
+        assert f()[:2] == (10, 21)
+    with pytest.raises(ValueError, match="pickle, cloudpickle or dill"):
+        pack.use("marshal")
+
+
+def test_what_is_packed_once_arrives_as_itself() -> None:
+    from ipclite.functions import PrePickled
+
+    large = b"x" * BIG
+    once = PrePickled([large, bytearray(BIG), 5])
+    for payload in (pack.pack(once), pack.pack(((once,), {"k": once}))):
+        assert isinstance(payload, list) and sum(piece is large for piece in payload) <= 2
+    (first,), kwargs = pack.unpack(pack.pack(((once,), {"k": once})))
+    assert first == [large, bytearray(BIG), 5] and kwargs["k"] is first
+    first[1][0] = 1
+    assert pack.unpack(pack.pack(once), {})[1][0] == 0
+    assert pack.unpack(pack.pack(PrePickled(main_scope("def f(): return a", a=1)["f"])), {"a": 5, "__builtins__": builtins})() == 5
