@@ -558,7 +558,7 @@ class Cluster:
         if name and cls is Cluster:
             cls = _import_class(name)
         how, engines, controller = state["cluster"], state.get("engines", {}), state.get("controller", {})
-        self = cls(**{**{key: how[key] for key in KEPT}, "engines": engines.get("class"),
+        self = cls(**{**{key: how[key] for key in KEPT if key in how}, "engines": engines.get("class"),
                       "controller": controller.get("class"), "shutdown_atexit": False, **kwargs})
         self.started, self.host = how["started"], how["host"]
         wanted: List[Tuple[str, Any, Dict[str, Any]]] = [

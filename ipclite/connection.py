@@ -27,12 +27,28 @@ from _signal import SIGINT, getsignal, signal  # what the signal module wraps in
 
 from . import net, wire
 from .errors import ControllerLost, PackError, ProtocolError
-from .results import AsyncResult, Source
+from .futures import Source, TaskFuture
+from .results import AsyncResult
 
 FUNCTIONS_KEPT = 256  # functions whose bytes the controller and the engines hold for us
 TICK_S = 1.0  # between two looks at the controller's silence
 NAP_S, LONG_NAP_S = 0.02, 0.1  # of the io thread while another thread leads
 TAKE = 256  # messages taken in before the outbox gets its turn
+
+
+FORKED = "this Client was made before the process forked, so that it can not be used in the child: make a new one"
+
+_connections: "weakref.WeakSet[Connection]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    TaskFuture._making = threading.Lock()
+    for connection in list(_connections):
+        connection._forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class HeldBack:
@@ -102,6 +118,13 @@ class Connection:
         self._poll = self._make_poll()  # used by whoever leads
         self._thread = threading.Thread(target=self._serve, name="ipclite-client", daemon=True)
         self._thread.start()
+        _connections.add(self)
+
+    def _forked(self) -> None:
+        """This is the child of a fork: the connection is the parent's, and its locks may be held by threads that are not here."""
+        self.lost = ControllerLost(FORKED)
+        self._mutex, self._sock_lock, self._lead = threading.Lock(), threading.Lock(), threading.Lock()
+        self._poll, self._outbox, self._awake = None, [], True
 
     @property
     def address(self) -> str:
@@ -219,8 +242,6 @@ class Connection:
 
     def _send_outbox(self) -> None:
         """The caller holds `_sock_lock`."""
-        if self._pid != os.getpid():
-            raise ControllerLost("this Client was made before the process forked and can not be used in the child: make a new one")
         with self._mutex:
             outbox, self._outbox = self._outbox, []
             self._awake = False
@@ -269,6 +290,8 @@ class Connection:
         deadline = None if timeout is None else time.monotonic() + timeout
         leads_already = self._leader == threading.get_ident()  # a callback that waits
         if self._poll is None or not (leads_already or self._lead.acquire(blocking=False)):
+            if self._pid != os.getpid():
+                raise ControllerLost(FORKED)
             self.flush()
             with waiter._condition:
                 return bool(waiter._condition.wait_for(done, timeout))

@@ -40,6 +40,7 @@ MISSED_PINGS = 3  # an agent that misses so many is gone
 LINGER_MS = 500
 DEPARTED_KEPT = 1000  # engines that have left whose ids are known
 SPECS_KEPT = 4096
+FANS_KEPT = 64
 HELLO_FIELDS = {"client": {"session": str, "host": str, "pid": int}, "agent": {"uuid": str, "host": str, "pid": int},
                 "engine": {"uuid": str, "agent": str, "host": str, "pid": int}}
 SIGNAL_MAX = 64
@@ -115,7 +116,9 @@ class Controller:
         self._peers: dict[tuple[Any, bytes], Peer] = {}
         self._gathers: dict[tuple[bytes, int], Gather] = {}  # by the tasks that they wait for
         self._ids: dict[str, int] = {}  # engine uuid -> id, also of engines that have left
+        self._next_id = 0
         self._specs: dict[bytes, Spec] = {}
+        self._fans: dict[bytes, list[Spec]] = {}
         self.scheduler = Scheduler(crash_limit=options["TaskScheduler.crash_limit"], hwm=options["TaskScheduler.hwm"],
                                    policy=options["TaskScheduler.scheme_name"], rng=random.Random())
         self.db = open_db(options["IPController.db_class"], options, self._place_of)
@@ -405,9 +408,9 @@ class Controller:
             self._drop_engine(self.engines[known], "it lost its connection and came back", None, False)
         id = known
         if id is None:
-            id = wanted if type(wanted) is int and 0 <= wanted < wire.NO_ENGINE and wanted not in self.engines else len(self._ids)
-            while id in self.engines or (id != wanted and id in self._ids.values()):
-                id += 1
+            free = type(wanted) is int and 0 <= wanted < wire.NO_ENGINE and wanted not in self.engines
+            id = wanted if free else self._next_id
+            self._next_id = max(self._next_id, id + 1)
         self._ids[uuid] = id
         if len(self._ids) > len(self.engines) + DEPARTED_KEPT:
             for old in [u for u, i in self._ids.items() if i not in self.engines and i != id][: DEPARTED_KEPT // 2]:
@@ -560,7 +563,13 @@ class Controller:
 
     def _fan(self, whole: dict[str, Any]) -> list[Spec]:
         """One spec per target of a spec, cached like every other."""
-        return [self._spec(json.dumps({**whole, "targets": [t]}).encode()) for t in whole["targets"]]
+        key = json.dumps(whole).encode()
+        fan = self._fans.get(key)
+        if fan is None:
+            if len(self._fans) >= FANS_KEPT:
+                self._fans.clear()
+            fan = self._fans[key] = [self._spec(json.dumps({**whole, "targets": [t]}).encode()) for t in whole["targets"]]
+        return fan
 
     def _on_function(self, client: ClientPeer, frames: list[Any]) -> None:
         if len(frames) < 3:

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "views": {"errors", "pack", "results", "functions", "maps", "executor lazily", "integrations lazily"},
     "executor": {"errors", "results"},
     "integrations": {"errors"},
-    "connection": {"errors", "wire", "net", "results"},
+    "connection": {"errors", "wire", "net", "futures", "results"},
     "history": {"errors", "wire", "pack", "results"},
     "client": {"errors", "wire", "net", "config", "pack", "results", "views", "connection", "history", "tunnel lazily",
                "display", "executor", "integrations lazily"},
