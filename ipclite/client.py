@@ -79,7 +79,7 @@ class Client:
         self._dask: Any = None
         self._sshserver = sshserver or ""
         self._tunnel: Any = None
-        self._make_tunnel = lambda: _tunnel(f"{os.getpid()}-{self.session.hex()}", sshkey, password)
+        self._ssh_secrets = (os.fspath(sshkey) if sshkey else "", password)
         context = net.Context()
         try:
             link, welcome = self._connect(context, connection_info, profile, profile_dir, ipython_dir, cluster_id, timeout)
@@ -127,7 +127,9 @@ class Client:
         if self._sshserver:
             info = {**info, "ssh": self._sshserver, "ipc": ""}
         if net.needs_tunnel(info) and self._tunnel is None:
-            self._tunnel = self._make_tunnel()
+            from .tunnel import Tunnel
+
+            self._tunnel = Tunnel(f"{os.getpid()}-{self.session.hex()}", *self._ssh_secrets)
         return net.greet(context, info, hello, timeout_s, self._tunnel)
 
     def _close_tunnel(self) -> None:
@@ -182,10 +184,10 @@ class Client:
         if isinstance(targets, int):
             if targets < 0:
                 if -targets > len(ids):
-                    raise IndexError(f"there is no engine [{targets}]: {_count(ids)}")
+                    raise self._connection.lost or IndexError(f"there is no engine [{targets}]: {_count(ids)}")
                 return [ids[targets]], True
             if targets not in self._engines:
-                raise IndexError(f"there is no engine {targets}: {_count(ids)}")
+                raise self._connection.lost or IndexError(f"there is no engine {targets}: {_count(ids)}")
             return [targets], True
         if isinstance(targets, slice):
             return ids[targets], False
@@ -674,12 +676,6 @@ class Client:
     def __del__(self) -> None:
         if hasattr(self, "_connection") and not sys.is_finalizing():
             self.close()
-
-
-def _tunnel(name: str, key: Optional[str], password: Optional[str]) -> Any:
-    from .tunnel import Tunnel
-
-    return Tunnel(name, os.fspath(key) if key else "", password)
 
 
 _OLD = ("context", "debug", "paramiko", "username", "packer", "unpacker", "key", "keyfile", "signature_scheme", "session",

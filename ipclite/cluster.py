@@ -188,14 +188,15 @@ class Cluster:
             raise AlreadyRunning(f"The controller of {label(self.cluster_id)} runs already.")
         config.make_profile_dir(self.profile_dir)
         lock = self.cluster_file.with_suffix(".lock") if self.cluster_file else None
-        with launchers.held_back(), config.locked(lock) if lock else contextlib.nullcontext():  # one of many wins
+        with config.locked(lock) if lock else contextlib.nullcontext():  # of several that start at once, one wins
             self._clear_the_way()
             self.controller = self._launcher(self.controller_launcher_class, options, self._controller_flags())
-            self.controller.start()
-            self.started = time.time()
-            if self.shutdown_atexit:
-                atexit.register(self._at_exit)
-            self.write_cluster_file()
+            with launchers.held_back():
+                self.controller.start()
+                self.started = time.time()
+                if self.shutdown_atexit:
+                    atexit.register(self._at_exit)
+                self.write_cluster_file()
         self.log.info("Started the controller %r", self.controller)
 
     def start_engines_sync(self, n: Optional[int] = None, engine_set_id: Optional[str] = None, **options: Any) -> str:
@@ -558,7 +559,7 @@ class Cluster:
         if name and cls is Cluster:
             cls = _import_class(name)
         how, engines, controller = state["cluster"], state.get("engines", {}), state.get("controller", {})
-        self = cls(**{**{key: how[key] for key in KEPT if key in how}, "engines": engines.get("class"),
+        self = cls(**{**{key: how[key] for key in KEPT}, "engines": engines.get("class"),
                       "controller": controller.get("class"), "shutdown_atexit": False, **kwargs})
         self.started, self.host = how["started"], how["host"]
         wanted: List[Tuple[str, Any, Dict[str, Any]]] = [

@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NoReturn, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NoReturn, Optional, Tuple, Union
 
 from .errors import EXIT_FAILURE, ConfigError, UserError
 from .files import (PROGRAM, SOCKET_NAME_MAX, SOCKET_PATH_MAX, PathLike, check_connection, cluster_file,  # noqa: F401
@@ -173,7 +173,8 @@ def run_config_file(path: Path, config: Config) -> None:
             raise ConfigError(f"The config file {path} can't be read: {e}.") from None
         name = getattr(e, "name", None)
         known = isinstance(e, NameError) and any(name in known_names(app) for app in APPS)
-        raise ConfigError(f"{path}, line {lines[-1]}: {type(e).__name__}: {e}" + (f"; write c.{name}." if known else ".")) from e
+        advice = f"; write c.{name}." if known else "."
+        raise ConfigError(f"{path}, line {lines[-1]}: {type(e).__name__}: {e}{advice}") from e
 
 
 def _read_json_config(path: Path, config: Config) -> None:
@@ -200,7 +201,7 @@ def _file_layers(app: str, profile_dir: Path, extra: str = "") -> List[Layer]:
     return [_file_layer(app, path) for path in paths + ([Path(extra)] if extra else []) if path.exists()]
 
 
-def layer_of(role: str, sections: Dict[str, Dict[str, Any]], where: str = "config") -> Layer:
+def layer_of(role: str, sections: Mapping[str, Mapping[str, Any]], where: str = "config") -> Layer:
     """The layer of `{"Section": {"key": value}}`; `where` is what errors call it.
 
     Raises:

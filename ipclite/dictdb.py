@@ -27,6 +27,7 @@ ROW_SIZE = 200  # what a record takes besides, and ...
 SECTION_SIZE = 600  # ... what the messages that brought it do
 OUTPUT_MAX = 1 << 20  # characters of a task's output on record
 BLOCK = 256  # rows that are kept together
+KEPT_AT_LEAST = 0.8  # of the records that there may be, when whole sections are dropped
 OPENED = 64  # sections that are decoded at a time
 SESSIONS_KEPT = 1000  # clients of which is known how many tasks they had
 
@@ -295,6 +296,9 @@ class DictDB:
         while self._done:
             if self.record_limit and self.count > self.record_limit:
                 reason = f"c.DictDB.record_limit is {self.record_limit}"
+                if self.count - self._done[0].left < self.record_limit * KEPT_AT_LEAST:
+                    self._drop_oldest(self._done[0], self.count - self.record_limit, reason)
+                    continue
             elif self.size_limit and self.size > self.size_limit:
                 reason = f"c.DictDB.size_limit is {self.size_limit} bytes"
             elif self._done[0].received < too_old:
@@ -302,6 +306,16 @@ class DictDB:
             else:
                 break
             self._drop_section(self._done.popleft(), reason)
+
+    def _drop_oldest(self, section: Section, n: int, reason: str) -> None:
+        """Drop the first n rows of a section, which holds more."""
+        session = self._sessions[section.session]
+        session.reason = reason
+        for seq in section.seqs:
+            found = self._find((section.session, seq))
+            if n and found is not None and found[0].fates[found[1]] is section:
+                self._drop((section.session, seq))
+                n -= 1
 
     def _drop_section(self, section: Section, reason: str) -> None:
         session = self._sessions[section.session]

@@ -20,7 +20,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 from . import pack, wire
-from .errors import CompositeError, ControllerLost, KernelError, TaskAborted
+from .errors import CompositeError, ControllerLost, KernelError, TaskAborted, RecordExpired
 
 if issubclass(FutureTimeout, TimeoutError):
     NotInTime = TimeoutError
@@ -48,7 +48,7 @@ Outcome = Tuple[Source, wire.Result]
 def _combine(errors: list[Any], fname: str) -> Optional[BaseException]:
     if not errors:
         return None
-    if len(errors) == 1 or all(isinstance(e, ControllerLost) for e in errors):  # one cause, however many tasks it ends
+    if len(errors) == 1 or all(isinstance(e, (ControllerLost, RecordExpired)) for e in errors):  # one cause, however many tasks it ends
         return errors[0]  # type: ignore[no-any-return]
     return CompositeError(f"{len(errors)} exceptions in {fname or 'the call'}", errors)
 

@@ -112,7 +112,7 @@ def _joblib_backend() -> Any:
             return self._given if self._given is not None else _Default.get()
 
         def effective_n_jobs(self, n_jobs: Any) -> int:
-            """As many as there are engines, whatever is asked for: they run one task each."""
+            """As many as there are engines, whatever is asked for: they run one task each. (For one, joblib runs all itself.)"""
             if n_jobs == 0:
                 raise ValueError("n_jobs == 0 in Parallel has no meaning")
             engines = len(self.view)
@@ -176,6 +176,7 @@ def start_dask(client: Any, targets: Any, port: int, nanny: bool, scheduler_args
     distributed = _need("distributed", "become_dask")
     view = client.direct_view(targets)
     ids = list(view._ids()[0])
+    client.direct_view(ids).apply_sync(_check_dask)
     here = {client._engines[i].get("host") for i in ids} <= {socket.gethostname()}
     if client._dask is None:
         client._dask = _Dask(distributed, "127.0.0.1" if here else distributed.utils.get_ip(), port, dict(scheduler_args or {}))
@@ -274,6 +275,10 @@ class _Worker(threading.Thread):
 
 
 _worker: Optional[_Worker] = None
+
+
+def _check_dask() -> None:
+    _need("distributed", "become_dask")
 
 
 def _start_worker(address: str, security: Any, nanny: bool, options: dict[str, Any]) -> None:

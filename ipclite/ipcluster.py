@@ -61,6 +61,13 @@ def _engines(settings: config.Settings) -> int:
                   settings, start)
 
 
+def _relay_signals(cluster: Cluster) -> None:
+    """What the system leaves to programs, and is sent to us, is meant for the engines."""
+    for name in ("SIGUSR1", "SIGUSR2", "SIGINFO"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda signum, _: cluster.signal_engines_sync(signum))
+
+
 def _serve(cluster: Cluster, settings: config.Settings, start: Callable[[Cluster], None]) -> int:
     """Start; then return if we are to daemonize, else stay until something ends or a signal comes."""
     if settings["Application.work_dir"]:
@@ -70,6 +77,7 @@ def _serve(cluster: Cluster, settings: config.Settings, start: Callable[[Cluster
     try:
         start(cluster)
         ready = True
+        _relay_signals(cluster)
         _tell_ready(cluster, settings)
         keep = settings["Cluster.daemonize"]
         return 0 if keep else _stay(cluster)

@@ -292,6 +292,8 @@ class LocalProcessLauncher(BaseLauncher):
         """Start it; a log directory that can't be written is an error."""
         args = self.find_args()
         work_dir = self.options.get("work_dir") or os.getcwd()
+        env = environment({"IPP_CLUSTER_ID": self.cluster_id, "IPP_PROFILE_DIR": self.profile_dir,
+                           **self.options.get("environment", {})})
         unnamed = config.log_file(self.profile_dir, f"ip{self.role}", f"{self.cluster_id}-of")
         try:
             unnamed.parent.mkdir(parents=True, exist_ok=True)
@@ -302,8 +304,7 @@ class LocalProcessLauncher(BaseLauncher):
         with log:
             try:
                 popen = subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                         cwd=work_dir, env=environment(self.options.get("environment", {})),
-                                         start_new_session=True)
+                                         cwd=work_dir, env=env, start_new_session=True)
             except OSError as e:
                 unnamed.unlink()
                 raise LauncherError(f"The {self.role} can't be started: {e.filename}: {e.strerror}.") from None

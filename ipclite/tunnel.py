@@ -15,7 +15,9 @@ several of which all but the last are questions.
 
 from __future__ import annotations
 
+import binascii
 import contextlib
+import fnmatch
 import getpass
 import glob
 import hashlib
@@ -308,9 +310,9 @@ class Login:
         transport.get_security_options().ciphers = fast + [
             name for name in transport.get_security_options().ciphers if name not in fast]
         try:
-            known = self._known_keys(hop)
+            known = list(self._known_keys(hop))
             kinds = transport.get_security_options().key_types
-            wanted = {kind for key in known for kind in _signatures(key.get_name())}
+            wanted = {kind for _, one, _ in known for kind in _signatures(one)}
             transport.get_security_options().key_types = sorted(kinds, key=lambda kind: kind not in wanted)
             try:
                 transport.start_client(timeout=self._left())
@@ -378,24 +380,42 @@ class Login:
         own = hop.options.get("userknownhostsfile", "").split() + hop.options.get("globalknownhostsfile", "").split()
         return [os.path.expanduser(path) for path in own or KNOWN_HOSTS]
 
-    def _known_keys(self, hop: Hop) -> list[Any]:
-        known = []
+    def _known_keys(self, hop: Hop) -> Iterator[Tuple[str, str, bytes]]:
+        """(marker or "", kind, key) of every line about the server."""
         for path in self._known_files(hop):
-            keys = self._paramiko.HostKeys()
-            with contextlib.suppress(FileNotFoundError, PermissionError):
-                keys.load(path)
-            known += list((keys.lookup(hop.key_name) or {}).values())
-        return known
+            try:
+                text = Path(path).read_text(encoding="utf-8", errors="replace")
+            except (FileNotFoundError, PermissionError):
+                continue
+            for line in text.splitlines():
+                words = line.split()
+                marker = words.pop(0) if line.startswith("@") else ""
+                if len(words) >= 3 and not line.startswith("#") and self._is_about(words[0], hop.key_name):
+                    with contextlib.suppress(binascii.Error):
+                        yield marker, words[1], binascii.a2b_base64(words[2])
 
-    def _check_host_key(self, hop: Hop, key: Any, known: list[Any]) -> None:
-        kind = key.get_name()
-        what = kind.replace("ssh-", "").split("-")[0].upper() + " key " + fingerprint(key)
-        self._refuse_revoked(hop, key)
-        if any(one.asbytes() == key.asbytes() for one in known):
-            return
+    def _is_about(self, names: str, name: str) -> bool:
+        found = False
+        for pattern in names.split(","):
+            if pattern.startswith("|1|"):
+                found = found or bool(self._paramiko.HostKeys.hash_host(name, pattern) == pattern)
+            elif fnmatch.fnmatchcase(name.lower(), pattern.lstrip("!").lower().replace("[", "[[]")):
+                if pattern.startswith("!"):
+                    return False
+                found = True
+        return found
+
+    def _check_host_key(self, hop: Hop, key: Any, known: list[Tuple[str, str, bytes]]) -> None:
+        kind, mine = key.get_name(), key.asbytes()
+        what = f"{kind.replace('ssh-', '').split('-')[0].upper()} key {fingerprint(mine)}"
         files = self._known_files(hop)
-        if known:
-            was = ", ".join(sorted({fingerprint(one) for one in known}))
+        if ("@revoked", kind, mine) in known:
+            raise TunnelError(f"the {what} of the ssh server {hop.host}:{hop.port} is marked @revoked in known_hosts; ask its administrator "
+                              "for the new one")
+        if ("", kind, mine) in known:
+            return
+        was = ", ".join(sorted({fingerprint(one) for marker, _, one in known if not marker}))
+        if was:
             raise TunnelError(f"THE HOST KEY OF {hop.host}:{hop.port} HAS CHANGED: it shows the {what}, and known_hosts has {was}. "
                               "Someone may be listening in, or the server was set up anew; ask its administrator, and only if that "
                               f"is so remove the old key with: ssh-keygen -R '{hop.key_name}' -f {files[0]}")
@@ -406,14 +426,6 @@ class Login:
         raise TunnelError(f"the ssh server {hop.host}:{hop.port} is not known here: it shows the {what}. If that is what its "
                           "administrator, or `ssh-keygen -lf` of its host key on the server itself, says, accept it with: "
                           f"{f'ssh {jump} {scan}' if jump else scan} >> {files[0]}")
-
-    def _refuse_revoked(self, hop: Hop, key: Any) -> None:
-        for path in self._known_files(hop):
-            with contextlib.suppress(FileNotFoundError, PermissionError):
-                for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-                    if line.startswith("@revoked") and key.get_base64() in line.split():
-                        raise TunnelError(f"the key of the ssh server {hop.host}:{hop.port} is marked @revoked in {path}; ask "
-                                          "its administrator for the new one")
 
     # --- whether it lets us in
 
@@ -500,7 +512,7 @@ class Login:
             yield from self._from_file(path, tried, locked)
         for key in agent:
             if not only or key.get_base64() in wanted:
-                yield f"the agent's {key.get_name()} key {fingerprint(key)}", key
+                yield f"the agent's {key.get_name()} key {fingerprint(key.asbytes())}", key
         for path in dict.fromkeys(files):
             if path not in named and os.path.exists(path):
                 yield from self._from_file(path, tried, locked)
@@ -571,11 +583,9 @@ def _public(path: str) -> list[str]:
         return []
 
 
-def fingerprint(key: Any) -> str:
+def fingerprint(key: bytes) -> str:
     """As `ssh-keygen -l` prints it."""
-    import base64
-
-    return "SHA256:" + base64.b64encode(hashlib.sha256(key.asbytes()).digest()).decode().rstrip("=")
+    return "SHA256:" + binascii.b2a_base64(hashlib.sha256(key).digest(), newline=False).decode().rstrip("=")
 
 
 # ---------------------------------------------------------------- the tunnel process: forwarding

@@ -522,7 +522,7 @@ done.get()
 def child():
     assert done.get() == 1
     for call in (lambda: view.apply_async(abs, 1), lambda: view.apply_sync(abs, 1), lambda: rc.queue_status(),
-                 lambda: rc.abort(), lambda: pending.get(), lambda: view.map_sync(abs, [1]), lambda: pending.wait(5)):
+                 lambda: pending.get(), lambda: view.map_sync(abs, [1]), lambda: pending.wait(5), lambda: rc.send_signal(2)):
         try:
             call()
         except ipclite.ControllerLost as e:

@@ -35,7 +35,8 @@ SEED = [
     ("controller", "import socket\nhostname = socket.gethostname()\n"
                    "ex_ip = socket.gethostbyname_ex(hostname)[-1][-1]\nc.IPController.location = ex_ip",
      {"IPController.location": None}),
-    ("controller", "c.IPController.ssh_server = 'login.mycluster.net'", {"IPController.ssh_server": "login.mycluster.net"}),
+    ("controller", "c.IPController.ssh_server = 'login.mycluster.net'",
+     {"IPController.ssh_server": "login.mycluster.net"}),
     *[("controller", f"c.IPController.db_class = 'ipyparallel.controller.{name}'", {})
       for name in ("dictdb.DictDB", "mongodb.MongoDB", "sqlitedb.SQLiteDB", "dictdb.NoDB")],
     ("controller", "c.MongoDB.database = 'tasks'", {}),
@@ -122,7 +123,8 @@ def test_who_wins(ipython_dir, tmp_path):
     extra = tmp_path / "extra.py"
     extra.write_text("c.IPController.location = 'extra'\nc.TaskScheduler.hwm = 7\n")
     values, origins, _ = shown("controller", f"--config={extra}", "--hwm=9")
-    assert (values["HeartMonitor.period"], values["IPController.location"], values["TaskScheduler.hwm"]) == (111, "extra", 9)
+    names = ("HeartMonitor.period", "IPController.location", "TaskScheduler.hwm")
+    assert [values[name] for name in names] == [111, "extra", 9]
     assert (origins["TaskScheduler.hwm"], origins["IPController.transport"]) == ("--hwm", "default")
     assert origins["IPController.location"] == f"c.IPController.location in {extra}"
     text = run("controller", "--show-config").out
@@ -151,7 +153,7 @@ def test_json_config(ipython_dir):
 
 
 def test_flags_of_old_scripts(ipython_dir):
-    for words in (["--usethreads"], ["--secure"], ["--ident=me"], ["--ident", "me"], ["--IPController.use_threads=True"]):
+    for words in (["--usethreads"], ["--secure"], ["--ident=me"], ["--ident", "me"], ["--Session.key=x"]):
         _, _, err = shown("controller", *words)
         assert f"{words[0].partition('=')[0]} has no effect" in err
 
@@ -162,13 +164,13 @@ def test_the_settings_are_those_that_are_used(ipython_dir):
     for _ in range(2):
         with socket.create_server(("127.0.0.1", 0)) as probe:
             ports.append(probe.getsockname()[1])
-    write(ipython_dir, "controller", f"c.IPController.client_ports = {ports[0]}\nc.IPController.engine_ports = [{ports[1]}]\n"
-                                     "c.IPController.transport = 'tcp'\n")
+    write(ipython_dir, "controller", f"c.IPController.client_ports = {ports[0]}\n"
+                                     f"c.IPController.engine_ports = [{ports[1]}]\nc.IPController.transport = 'tcp'\n")
     with controller(ipython_dir) as boss:
         urls = [connection(ipython_dir, role)["url"] for role in ("client", "engine")]
         assert urls == [f"tcp://127.0.0.1:{port}" for port in ports]
-        for told in (f"listening for clients on tcp://127.0.0.1:{ports[0]}", "database DictDB", "heartbeat every 2000 ms",
-                     "scheduler leastload", "wrote connection file ", "profile directory "):
+        for told in (f"listening for clients on tcp://127.0.0.1:{ports[0]}", "database DictDB",
+                     "heartbeat every 2000 ms", "scheduler leastload", "wrote connection file ", "profile directory "):
             assert told in boss.err, boss.err
         with Command("engine"):
             boss.says("engine 0 connected (pid ")

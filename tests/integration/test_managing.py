@@ -1,4 +1,4 @@
-"""A running cluster from Python and the shell: single engines, restarts, what its queues and logs say, what stays of it."""
+"""A running cluster from Python and the shell: single engines, restarts, what queues and logs say, what stays of it."""
 
 from __future__ import annotations
 
@@ -138,6 +138,8 @@ def test_arguments(ipython_dir):
         assert rc[0]["x"] == "by config"
         env = rc[0].apply_sync(lambda: json.loads(os.environ["IPP_CONNECTION_INFO"])["cluster_id"])
         assert env == "x"
+        assert rc[0].apply_sync(os.getenv, "IPP_CLUSTER_ID") == "x"
+        assert rc[0].apply_sync(os.getenv, "IPP_PROFILE_DIR") == str(c.profile_dir)
         assert any("Started the controller" in line for line in lines)
         text = (security(ipython_dir) / "cluster-x.json").read_text()
         assert connection(ipython_dir, cluster_id="x")["secret_key"] not in text, "no secret in the cluster file"
@@ -162,6 +164,16 @@ def test_manager_with_defaults(ipython_dir):
 
 
 # --- the shell
+
+
+def test_signals_are_relayed(ipython_dir):
+    listen = "import signal; got = []; signal.signal(signal.SIGUSR1, lambda *_: got.append('USR1'))"
+    with Command("cluster", "start", "-n", "2") as started:
+        started.says("2 engines are ready")
+        with ipp.Client() as rc:
+            rc[:].execute(listen, block=True)
+            os.kill(started.pid, signal.SIGUSR1)
+            eventually(lambda: rc[:]["got"] == [["USR1"]] * 2)
 
 
 def test_status(ipython_dir, cluster):
@@ -262,7 +274,7 @@ def test_a_lock_of_a_dead_process_is_broken(ipython_dir):
     dead = {"host": socket.gethostname(), "pid": 2**22 - 1, "pid_start": "1"}
     (folder / "ipcontroller-lock").write_text(json.dumps(dead))
     with controller(ipython_dir):
-        assert sorted(path.name for path in folder.iterdir()) == ["ipcontroller-client.json", "ipcontroller-engine.json"]
+        assert {path.name for path in folder.iterdir()} == {"ipcontroller-client.json", "ipcontroller-engine.json"}
 
 
 def test_a_controller_on_another_host_is_left_alone(ipython_dir):

@@ -172,7 +172,8 @@ def test_zsh(ipython_dir):
     script = run("completion", "zsh").out
     assert script.startswith("autoload") and "bashcompinit" in script
     if shutil.which("zsh"):
-        done = subprocess.run(["zsh", "-f", "-c", f"autoload -U compinit; compinit -u\n{script}\necho $_comps[ipcluster]"],
+        code = f"autoload -U compinit; compinit -u\n{script}\necho $_comps[ipcluster]"
+        done = subprocess.run(["zsh", "-f", "-c", code],
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
         assert "_ipclite_complete" in done.stdout, done.stderr
 

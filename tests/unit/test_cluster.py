@@ -134,7 +134,7 @@ class FakeClient:
 def home(tmp_path, monkeypatch):
     """Fakes in place of launchers and client, and an empty $IPYTHONDIR."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
-    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    handlers = {signum: signal.getsignal(signum) for signum in (*SIGNALS, signal.SIGUSR1, signal.SIGUSR2)}
     monkeypatch.setattr(launchers, "LAUNCHERS", {("controller", "local"): FakeController,
                                                  ("engine", "local"): FakeEngines})
     monkeypatch.setattr("ipclite.client.Client", FakeClient)
@@ -193,7 +193,7 @@ def test_the_profile_is_read_and_arguments_win():
     ({"controller": "local", "controller_launcher_class": "local"}, TypeError, "controller and controller_launcher"),
     ({"dealy": 1}, TypeError, "dealy"),
     ({"delay": -1}, ipp.ConfigError, "delay needs a number of seconds, not -1."),
-    ({"config": {"Cluster": {"dealy": 3}}}, ipp.ConfigError, "unknown key c.Cluster.dealy in config; did you mean delay"),
+    ({"config": {"Cluster": {"dealy": 3}}}, ipp.ConfigError, "c.Cluster.dealy in config; did you mean delay"),
     ({"profile": "a/b"}, ipp.ConfigError, "name has no slashes"),
 ])
 def test_wrong_arguments(arguments, error, message):

@@ -295,6 +295,17 @@ def test_the_oldest_finished_go_first(clock):
     assert type(caught.value) is NoRecord
 
 
+def test_a_message_with_more_results_than_the_limit_keeps_the_newest(clock):
+    db = DictDB(record_limit=50, clock=clock)
+    submit(db, range(1, 301))
+    finish(db, range(1, 201))
+    assert db.get_history() == [name(n) for n in range(151, 301)] and db.count == 50
+    finish(db, range(201, 301))
+    assert db.get_history() == [name(n) for n in range(251, 301)] and db.count == 50
+    with pytest.raises(RecordExpired, match="record_limit is 50"):
+        db.get_record(name(250))
+
+
 def test_bytes_count_for_arguments_results_and_functions(clock):
     db = DictDB(size_limit=1_000_000, clock=clock)
     for seq in range(1, 50):
