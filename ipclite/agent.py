@@ -369,7 +369,7 @@ class Agent:
             else:
                 # To the same run we were dead, and so were our engines; from another they part by themselves.
                 for child in self.children.values() if self._link.info["run_id"] == info["run_id"] else ():
-                    self._order(child, {"op": "rejoin"})
+                    self._order(child, {"op": "rejoin", "since": self._heard})
                 return None
 
     def _leave(self) -> None:

@@ -70,6 +70,7 @@ class Client:
         self.cluster = cluster
         self.session = os.urandom(wire.SESSION_SIZE)
         self._engines: dict[int, dict[str, Any]] = {}
+        self._warned = False  # of engines with another Python
         self._uuids: dict[int, str] = {}
         self._history_from = 1
         self._condition = threading.Condition()
@@ -293,6 +294,7 @@ class Client:
             for engine in news.get("joined", ()):
                 engines[engine["id"]] = engine
                 self._uuids[engine["id"]] = engine["uuid"]
+                self._compare_python(engine)
             for id in news.get("left", ()):
                 engines.pop(int(id), None)
             self._engines = engines
@@ -300,6 +302,14 @@ class Client:
                 for id in [i for i in self._uuids if i not in engines][: DEPARTED_KEPT // 2]:
                     del self._uuids[id]
             self._condition.notify_all()
+
+    def _compare_python(self, engine: dict[str, Any]) -> None:
+        """Functions that travel by value are byte code, which another Python does not understand."""
+        theirs, ours = str(engine.get("python", "")).split("."), [str(part) for part in sys.version_info[:2]]
+        if len(theirs) > 1 and theirs[:2] != ours and not self._warned:
+            self._warned = True
+            warnings.warn(f"engine {engine['id']} runs Python {'.'.join(theirs)} and this is Python {'.'.join(ours)}: functions of "
+                          "scripts and notebooks may fail there; start the engines with this Python", stacklevel=2)
 
     def _on_lost(self) -> None:
         with self._condition:
@@ -674,7 +684,7 @@ class Client:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_connection") and not sys.is_finalizing():
+        if not getattr(self, "_closed", True) and hasattr(self, "_connection") and not sys.is_finalizing():
             self.close()
 
 

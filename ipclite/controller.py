@@ -44,6 +44,7 @@ FANS_KEPT = 64
 HELLO_FIELDS = {"client": {"session": str, "host": str, "pid": int}, "agent": {"uuid": str, "host": str, "pid": int},
                 "engine": {"uuid": str, "agent": str, "host": str, "pid": int}}
 SIGNAL_MAX = 64
+VERSION_MAX = 20  # characters
 COMPLAIN_S = 1.0  # at most one line about garbage in this time ...
 COMPLAINT_MAX = 200  # ... that quotes at most so many characters of it
 
@@ -74,7 +75,8 @@ class EnginePeer(Peer):
     def __init__(self, sock: Any, route: bytes, id: int, body: dict[str, Any]):
         super().__init__(sock, route, "engine", f"engine {id}")
         self.id, self.uuid, self.agent = id, body["uuid"], body["agent"]
-        self.info = {"id": id, **{k: body.get(k) for k in ("uuid", "host", "pid", "agent")}}
+        self.info = {"id": id, **{k: body.get(k) for k in ("uuid", "host", "pid", "agent")},
+                     "python": str(body.get("python", ""))[:VERSION_MAX]}
         self.known: set[tuple[bytes, str]] = set()  # functions that it holds
 
 
@@ -538,7 +540,10 @@ class Controller:
                     self._gathers.update(dict.fromkeys(keys, Gather(fan_out)))
                 tasks += [Task(key, one, payload) for key, one in zip(keys, self._fan(whole))]
             if self.db.keeps and batch:
-                self._record(client, spec, tasks[at:], len(batch))
+                if len(frames) == 2 and len(batch) > 1 and len(tasks) - at == len(batch) and tasks[-1].spec is spec is tasks[at].spec:
+                    self._note(client, spec, [entry[0] for entry in batch], None, frame=frames[1])
+                else:
+                    self._record(client, spec, tasks[at:], len(batch))
         self._submit(client, tasks)
 
     def _submit(self, client: ClientPeer, tasks: list[Task]) -> None:
@@ -558,8 +563,12 @@ class Controller:
             for task in tasks:
                 self._record(client, task.spec, [task], 1)
             return
+        self._note(client, spec, seqs, [task.payload for task in tasks], fan)
+
+    def _note(self, client: ClientPeer, spec: Spec, seqs: list[int], payloads: Optional[list[wire.Payload]], fan: int = 1,
+              frame: Optional[bytes] = None) -> None:
         function = client.functions.get(spec.fn) if spec.fn else None
-        self.db.submitted(Batch(client.session, spec.raw, seqs, [task.payload for task in tasks], time.time(), function, fan))
+        self.db.submitted(Batch(client.session, spec.raw, seqs, payloads, time.time(), function, fan, frame))
 
     def _fan(self, whole: dict[str, Any]) -> list[Spec]:
         """One spec per target of a spec, cached like every other."""

@@ -45,18 +45,25 @@ class Batch:
     Attributes:
         session: the client's.
         spec: JSON, as it travelled.
-        seqs, payloads: number and arguments of each.
+        seqs: the number of each.
+        payloads: the arguments of each; None if they are in `frame`, the section as it travelled.
         when: s since the epoch.
         function: what they call; None if they need none.
         fan: of so many in turn each goes to one of the spec's targets, if that is more than 1.
     """
 
-    __slots__ = ("session", "spec", "seqs", "payloads", "when", "function", "fan")
+    __slots__ = ("session", "spec", "seqs", "payloads", "when", "function", "fan", "frame")
 
-    def __init__(self, session: bytes, spec: bytes, seqs: list[int], payloads: list[wire.Payload], when: float,
-                 function: Optional[Function] = None, fan: int = 1):
+    def __init__(self, session: bytes, spec: bytes, seqs: list[int], payloads: Optional[list[wire.Payload]], when: float,
+                 function: Optional[Function] = None, fan: int = 1, frame: Optional[bytes] = None):
         self.session, self.spec, self.seqs, self.payloads = session, spec, seqs, payloads
-        self.when, self.function, self.fan = when, function, fan
+        self.when, self.function, self.fan, self.frame = when, function, fan, frame
+
+
+def read_arguments(frame: bytes) -> dict[int, wire.Payload]:
+    """The arguments of each task of a section in one piece, by number."""
+    return {seq + i: payload for _, _, tasks in wire.decode_tasks([b"", frame])
+            for seq, fan_out, payload in tasks for i in range(max(1, fan_out))}
 
 
 def read_spec(raw: bytes, fan: int, position: int) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from datetime import datetime, timezone
-from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, Tuple, Union
 
 from . import wire
-from .db import BUFFERS, KEYS, Batch, Section, check_keys, compile_query, read_spec, size_of
+from .db import BUFFERS, KEYS, Batch, Section, check_keys, compile_query, read_arguments, read_spec, size_of
 from .errors import NoRecord, ProtocolError, RecordExpired
 
 RECORD_LIMIT = 10_000  # finished tasks on record
@@ -37,13 +37,14 @@ Place = Callable[[wire.TaskKey], Optional[Tuple[int, str, int]]]
 
 
 class _Origin:
-    """What tasks have in common that came together; `share` is the size of the arguments of one."""
+    """What tasks have in common that came together; `share` is the size of the arguments of one, `frame` holds those of all."""
 
-    __slots__ = ("spec", "first", "fan", "when", "function", "share", "order")
+    __slots__ = ("spec", "first", "fan", "when", "function", "frame", "share", "order")
 
     def __init__(self, batch: Batch, share: float, order: int):
         self.spec, self.first, self.fan = batch.spec, batch.seqs[0], batch.fan
-        self.when, self.function, self.share, self.order = batch.when, batch.function, share, order
+        self.when, self.function, self.frame = batch.when, batch.function, batch.frame
+        self.share, self.order = share, order
 
 
 class _Block:
@@ -73,8 +74,8 @@ class _Row:
     """One task while its record is made: a method or attribute per key, worked out on demand."""
 
     def __init__(self, key: wire.TaskKey, origin: _Origin, payload: Any, section: Optional[Section], extra: dict[str, Any],
-                 opened: Callable[[Section], dict[int, wire.Result]], place: Place):
-        self.key, self.origin, self.payload, self.extra = key, origin, payload, extra
+                 opened: Callable[[Union[Section, _Origin]], dict[int, Any]], place: Place):
+        self.key, self.origin, self._payload, self.extra = key, origin, payload, extra
         self._spec: Optional[dict[str, Any]] = None
         self.section, self._place = section, place
         self._opened = opened
@@ -85,6 +86,10 @@ class _Row:
     @property
     def result(self) -> Optional[wire.Result]:
         return None if self.section is None else self._opened(self.section)[self.key[1]]
+
+    @property
+    def payload(self) -> wire.Payload:
+        return self._payload if self.origin.frame is None else self._opened(self.origin)[self.key[1]]  # type: ignore[no-any-return]
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -199,24 +204,24 @@ class DictDB:
         self._sessions: dict[bytes, _Session] = {}
         self._done: deque[Section] = deque()  # oldest first
         self._extra: dict[wire.TaskKey, dict[str, Any]] = {}  # output and changes, of the few tasks that have some
-        self._opened: dict[Section, dict[int, wire.Result]] = {}
+        self._opened: dict[Union[Section, _Origin], dict[int, Any]] = {}
         self._orders = 0
 
     # --- what the controller tells
 
     def submitted(self, batch: Batch) -> None:
         """See TaskDB."""
-        payloads, at = batch.payloads, 0
+        payloads, at = batch.payloads or (), 0
         session = self._sessions.get(batch.session)
         if session is None:
             session = self._new_session(batch.session)
-        size = sum([len(p) if type(p) is bytes else size_of(p) for p in payloads])
+        size = len(batch.frame or b"") + sum([len(p) if type(p) is bytes else size_of(p) for p in payloads])
         function = batch.function
         if function is not None and not function.counted:
             function.counted = True
             size += function.size
         self._orders += 1
-        origin = _Origin(batch, size / len(payloads), self._orders)
+        origin = _Origin(batch, size / len(batch.seqs), self._orders)
         for number, a, b in wire.slots(batch.seqs, BLOCK):
             block = session.blocks.get(number)
             if block is None:
@@ -225,11 +230,12 @@ class DictDB:
             new = block.origins[a:b].count(None)
             if new == n:
                 block.origins[a:b] = [origin] * n
-                block.payloads[a:b] = payloads[at : at + n]
+                if payloads:
+                    block.payloads[a:b] = payloads[at : at + n]
             else:
                 for i in range(a, b):
                     if block.origins[i] is None:
-                        block.origins[i], block.payloads[i] = origin, payloads[at + i - a]
+                        block.origins[i], block.payloads[i] = origin, payloads[at + i - a] if payloads else None
             block.live += new
             at += n
         session.end = max(session.end, max(batch.seqs) + 1)
@@ -242,6 +248,9 @@ class DictDB:
         session = self._sessions.get(section.session)
         if session is None:
             return
+        run = range(section.seqs[0], section.seqs[0] + len(section.seqs))
+        if section.seqs == list(run):
+            section.seqs = run
         size, rows = 0.0, 0
         for number, a, b in wire.slots(section.seqs, BLOCK):
             block = session.blocks.get(number)
@@ -332,7 +341,8 @@ class DictDB:
                 continue
             n = b - a
             if block.fates[a:b].count(section) == n:
-                block.origins[a:b] = block.payloads[a:b] = block.fates[a:b] = [None] * n
+                nothing: list[Any] = [None] * n
+                block.origins[a:b] = block.payloads[a:b] = block.fates[a:b] = nothing
                 block.live -= n
             else:
                 for i in range(a, b):
@@ -387,14 +397,15 @@ class DictDB:
                                 "ipcontroller_config.py")
         raise RecordExpired(f"the record of task {msg_id} was purged")
 
-    def _open(self, section: Section) -> dict[int, wire.Result]:
-        """The results of a section by number; those of the last few are kept for the next question."""
-        results = self._opened.get(section)
-        if results is None:
+    def _open(self, source: Union[Section, _Origin]) -> dict[int, Any]:
+        """The results, or arguments, that came together, by number; those of the last few are kept for the next question."""
+        found = self._opened.get(source)
+        if found is None:
             if len(self._opened) >= OPENED:
                 self._opened.clear()
-            results = self._opened[section] = {r.seq: r for r in section.results()}
-        return results
+            found = {r.seq: r for r in source.results()} if isinstance(source, Section) else read_arguments(source.frame or b"")
+            self._opened[source] = found
+        return found
 
     def _row(self, key: wire.TaskKey, block: _Block, i: int) -> _Row:
         origin = block.origins[i]

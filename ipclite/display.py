@@ -62,7 +62,7 @@ class ExecuteReply:
     def _text(self) -> str:
         if not self.data:
             return ""
-        text = self.data["text/plain"]
+        text: str = self.data["text/plain"]
         return f"Out[{self.metadata['engine_id']}:{self.execution_count}]: " + ("\n" if "\n" in text else "") + text
 
     def display(self) -> None:
@@ -101,7 +101,7 @@ class Streamer:
         self._trouble: Optional[Exception] = None
 
     def __call__(self, name: str, engine_id: Any, text: str) -> None:
-        """Print a piece. A stream that fails does so in `end`: the pieces come in a thread that has other things to do."""
+        """Print a piece. A stream that fails does so in `end`: the pieces come in a thread that serves others, too."""
         if text and self._trouble is None:
             try:
                 self._print(name, engine_id, text)

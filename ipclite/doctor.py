@@ -172,7 +172,12 @@ class Doctor:
             if tunnel is not None:
                 tunnel.close()
         engines = welcome.get("engines")
-        return "the controller welcomes us" + (f"; it has {len(engines)} engines" if engines is not None else "")
+        if engines is None:
+            return "the controller welcomes us"
+        pythons = {str(engine.get("python") or "?").rpartition(".")[0] for engine in engines}
+        here = ".".join(map(str, sys.version_info[:2]))
+        others = f", some with Python {', '.join(sorted(pythons - {here}))} (here {here})" if pythons - {here} else ""
+        return f"the controller welcomes us; it has {len(engines)} engines{others}"
 
     @staticmethod
     def _tunnel(info: Dict[str, Any]) -> Any:

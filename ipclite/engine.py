@@ -117,6 +117,7 @@ class Engine:
         self._in_user_code = False
         self._stopping: Optional[str] = None
         self._must_rejoin = False
+        self._joined = 0.0
         self._flushed = 0.0
         self._bell_armed = False
         self._bell_r, self._bell_w = os.pipe()  # wakes the courier
@@ -165,7 +166,7 @@ class Engine:
             self._tunnel = Shared(tunnel_name(self.agent))
         link, welcome = net.greet(self._context, info, hello, tunnel=self._tunnel)
         self.workspace.functions.clear()  # the controller counts on nothing that an earlier connection brought
-        self._link, self.id = link, welcome["id"]
+        self._link, self.id, self._joined = link, welcome["id"], time.monotonic()
         CELL_ID.pack_into(self._cell, CELL.size, self.id)
         self._watch = net.Watch([link.sock, link.monitor, self._wake_r])
 
@@ -365,7 +366,7 @@ class Engine:
         if order["op"] == "recall":
             self._wanted.update((bytes.fromhex(session), seq) for session, seq in order["tasks"])
         elif order["op"] == "rejoin":
-            self._must_rejoin = True
+            self._must_rejoin = self._joined < order["since"]
 
     def _give_back(self) -> None:
         """Give back the tasks that are wanted elsewhere. Some may wait in the socket, or be on their way to it."""

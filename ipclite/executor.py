@@ -1,7 +1,7 @@
 """The engines as a standard `concurrent.futures.Executor` (PEP 3148).
 
     submit ──► view.apply_async ──► AsyncResult, which is a Future
-    map    ──► view.map_async   ──► a generator that yields in order, and takes the rest back when it is not read to the end
+    map    ──► view.map_async   ──► a generator in order, that takes the rest back when it is not read to the end
 
 An executor owns nothing: shutting it down ends no engine. It knows its futures by their `_executor`, so that a
 submission costs what `apply_async` costs.

@@ -48,7 +48,8 @@ Outcome = Tuple[Source, wire.Result]
 def _combine(errors: list[Any], fname: str) -> Optional[BaseException]:
     if not errors:
         return None
-    if len(errors) == 1 or all(isinstance(e, (ControllerLost, RecordExpired)) for e in errors):  # one cause, however many tasks it ends
+    # One cause, however many tasks it ends, is one error.
+    if len(errors) == 1 or all(isinstance(e, (ControllerLost, RecordExpired)) for e in errors):
         return errors[0]  # type: ignore[no-any-return]
     return CompositeError(f"{len(errors)} exceptions in {fname or 'the call'}", errors)
 
@@ -334,13 +335,13 @@ class TaskFuture(Future):  # type: ignore[type-arg]
         return not self.cancelled() and self.exception() is None
 
     def abort(self, interrupt: bool = False) -> None:
-        """Take back the tasks that have not started; they fail with `TaskAborted`. What runs goes on, or is interrupted if
-        `interrupt` says so; see `Client.abort`."""
+        """Take back the tasks that have not started; they fail with `TaskAborted`. What runs goes on, or is
+        interrupted if `interrupt` says so; see `Client.abort`."""
         self._client.abort(self, interrupt=interrupt)
 
     def cancel(self, interrupt: bool = False) -> bool:
-        """Give up on the result: tasks that have not started are taken back, those that run go on (`interrupt=True`: are
-        interrupted), and `get` raises CancelledError.
+        """Give up on the result: tasks that have not started are taken back, those that run go on (`interrupt=True`:
+        are interrupted), and `get` raises CancelledError.
 
         Returns:
             Whether it was given up: always, unless it was there already.
@@ -360,4 +361,5 @@ class TaskFuture(Future):  # type: ignore[type-arg]
     @property
     def sent(self) -> bool:
         """Whether the tasks have left the client, so that arrays among their arguments may be changed."""
-        return bool(self._client._connection.sent_up_to >= self._first + self._count) and not any(r() for r in self._lent)
+        left = self._client._connection.sent_up_to >= self._first + self._count
+        return bool(left) and all(buffer() is None for buffer in self._lent)

@@ -124,7 +124,7 @@ class AsyncHubResult(AsyncResult):
     Example:
         >>> ids = rc.load_balanced_view().apply_async(abs, -5).msg_ids
         >>> rc.get_result(ids).get()
-        [5]
+        5
     """
 
     def __init__(self, client: Any, keys: Sequence[wire.TaskKey], tasks: Sequence[Mapping[str, Any]], single: bool,

@@ -3,8 +3,8 @@
     joblib.Parallel ──► JoblibBackend.submit ──► view.apply_async ──► _run_batch on an engine
     rc.become_dask  ──► scheduler: a thread of this process ◄── TLS ── workers: a thread in each engine
 
-Third-party packages are imported on use, and their absence is one sentence. What runs on engines is a function of this file
-that refers to nothing of the client's process.
+Third-party packages are imported on use, and their absence is one sentence. What runs on engines is a function of this
+file that refers to nothing of the client's process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import socket
 import threading
 from typing import Any, Optional
 
-from .errors import NoEnginesRegistered
+from .errors import EngineError, NoEnginesRegistered
 
 DASK_WAIT_S = 30.0  # for a worker to reach its scheduler, or to end
 
@@ -27,8 +27,8 @@ def _need(module: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise ImportError(f"{what} needs the package {module.partition('.')[0]}, which can't be imported ({e}); install it "
-                          "where the client runs and where the engines run") from None
+        raise ImportError(f"{what} needs the package {module.partition('.')[0]}, which can't be imported ({e}); install "
+                          "it where the client runs and where the engines run") from None
 
 
 # ---------------------------------------------------------------- joblib
@@ -77,14 +77,23 @@ class _Default:
         """All engines of the default cluster, or of one that is started now."""
         with cls.lock:
             if cls.view is None or cls.pid != os.getpid() or cls.view.client._connection.lost:
-                package = importlib.import_module(__package__ or "")
-                try:
-                    client = package.Client(timeout=1)
-                    client.wait_for_engines(1, timeout=5)
-                except (OSError, TimeoutError):  # there is no cluster, or only what one left behind, or it has no engines
-                    client = package.Cluster().start_and_connect_sync()
-                cls.view, cls.pid = client.load_balanced_view(), os.getpid()
+                cls.view, cls.pid = cls.connect().load_balanced_view(), os.getpid()
             return cls.view
+
+    @staticmethod
+    def connect() -> Any:
+        """A client of the default cluster, or of a new one if there is none, or no engine."""
+        package = importlib.import_module(__package__ or "")
+        try:
+            client = package.Client(timeout=1)
+        except (OSError, TimeoutError):
+            return package.Cluster().start_and_connect_sync()
+        try:
+            client.wait_for_engines(1, timeout=5)
+            return client
+        except TimeoutError:
+            client.close()
+            return package.Cluster().start_and_connect_sync()
 
 
 @functools.lru_cache(None)
@@ -112,7 +121,8 @@ def _joblib_backend() -> Any:
             return self._given if self._given is not None else _Default.get()
 
         def effective_n_jobs(self, n_jobs: Any) -> int:
-            """As many as there are engines, whatever is asked for: they run one task each. (For one, joblib runs all itself.)"""
+            """As many as there are engines, whatever is asked for: they run one task each. With one engine joblib runs
+            everything itself."""
             if n_jobs == 0:
                 raise ValueError("n_jobs == 0 in Parallel has no meaning")
             engines = len(self.view)
@@ -179,9 +189,12 @@ def start_dask(client: Any, targets: Any, port: int, nanny: bool, scheduler_args
     client.direct_view(ids).apply_sync(_check_dask)
     here = {client._engines[i].get("host") for i in ids} <= {socket.gethostname()}
     if client._dask is None:
-        client._dask = _Dask(distributed, "127.0.0.1" if here else distributed.utils.get_ip(), port, dict(scheduler_args or {}))
+        host = "127.0.0.1" if here else distributed.utils.get_ip()
+        client._dask = _Dask(distributed, host, port, dict(scheduler_args or {}))
     dask = client._dask
-    options = {"nthreads": 1, "dashboard_address": "127.0.0.1:0", **({"host": "127.0.0.1"} if here else {}), **worker_args}
+    options = {"nthreads": 1, "dashboard_address": "127.0.0.1:0", **worker_args}
+    if here:
+        options.setdefault("host", "127.0.0.1")
     try:
         client.direct_view(ids).apply_sync(_start_worker, dask.cluster.scheduler_address, dask.security, nanny, options)
         dask.engines.update(ids)
@@ -192,7 +205,10 @@ def start_dask(client: Any, targets: Any, port: int, nanny: bool, scheduler_args
 
 
 def stop_dask(client: Any, targets: Any = "all") -> None:
-    """End the workers on engines, and the scheduler and its clients when no worker is left."""
+    """End the workers on engines, and the scheduler and its clients when no worker is left.
+
+    They are those of this client's scheduler, or if it has none, of any.
+    """
     dask = client._dask
     ids = client._targets(targets)[0]
     if dask is not None:
@@ -201,8 +217,14 @@ def stop_dask(client: Any, targets: Any = "all") -> None:
             client._dask = None
             dask.close_clients()
     try:
-        if ids and client._connection.lost is None:
-            client.direct_view(ids).apply_sync(_stop_worker)
+        address = dask.cluster.scheduler_address if dask is not None else None
+        stopping = []
+        for i in ids if client._connection.lost is None else ():
+            with contextlib.suppress(IndexError):  # an engine that is gone has no worker
+                stopping.append(client.direct_view(i).apply_async(_stop_worker, address))
+        for ar in stopping:
+            with contextlib.suppress(EngineError):
+                ar.get()
     finally:
         if dask is not None and not dask.engines:
             dask.cluster.close(timeout=10)
@@ -287,7 +309,8 @@ def _start_worker(address: str, security: Any, nanny: bool, options: dict[str, A
     if _worker is not None and _worker.is_alive():
         if _worker.address == address:
             return
-        raise RuntimeError(f"this engine works for the dask scheduler at {_worker.address} already; call stop_dask() first")
+        raise RuntimeError(f"this engine works for the dask scheduler at {_worker.address} already; call stop_dask() "
+                           "first")
     worker = _Worker(distributed.Nanny if nanny else distributed.Worker, address, {"security": security, **options})
     worker.start()
     if not worker.told.wait(DASK_WAIT_S):
@@ -298,8 +321,9 @@ def _start_worker(address: str, security: Any, nanny: bool, options: dict[str, A
     _worker = worker
 
 
-def _stop_worker() -> None:
+def _stop_worker(address: Optional[str]) -> None:
+    """End the worker of the scheduler at `address`, or of any."""
     global _worker
-    worker, _worker = _worker, None
-    if worker is not None:
+    if _worker is not None and address in (None, _worker.address):
+        worker, _worker = _worker, None
         worker.stop()

@@ -145,14 +145,16 @@ class AsyncResult(TaskFuture):
             return_when: FIRST_COMPLETED, FIRST_EXCEPTION or ALL_COMPLETED, as for `concurrent.futures.wait`.
 
         Returns:
-            Whether they have ended; with `return_when`, two sets of AsyncResults, one per task: the tasks that have ended, and
-            those that have not.
+            Whether they have ended; with `return_when`, two sets of AsyncResults, one per task: the tasks that have
+            ended, and those that have not.
         """
         if return_when is not None:
             if return_when not in (FIRST_COMPLETED, FIRST_EXCEPTION, ALL_COMPLETED):
-                raise ValueError(f"return_when must be FIRST_COMPLETED, FIRST_EXCEPTION or ALL_COMPLETED, not {return_when!r}")
+                raise ValueError(f"return_when must be {FIRST_COMPLETED}, {FIRST_EXCEPTION} or {ALL_COMPLETED}, "
+                                 f"not {return_when!r}")
             self._client._connection.flush()
-            return tuple(wait_for_futures(self.split(), None if timeout is None or timeout < 0 else timeout, return_when))
+            patience = None if timeout is None or timeout < 0 else timeout
+            return tuple(wait_for_futures(self.split(), patience, return_when))
         return super().wait(timeout)
 
     def wait_for_output(self, timeout: Optional[float] = None) -> bool:
@@ -199,7 +201,7 @@ class AsyncResult(TaskFuture):
                     self.wait(left)
                 else:
                     ended = self.wait(left, return_when)[0]
-                    enough = bool(ended if return_when == FIRST_COMPLETED else [part for part in ended if part._error()])
+                    enough = bool(ended) if return_when == FIRST_COMPLETED else any(part._error() for part in ended)
                 show(self.progress)
         finally:
             show(self.progress, end=True)
@@ -207,7 +209,7 @@ class AsyncResult(TaskFuture):
 
     @contextmanager
     def stream_output(self) -> Iterator[None]:
-        """Within the `with` block, print what the tasks print as it arrives (and has arrived), `[stdout:3] ` before each line."""
+        """Within the `with` block, print what the tasks have printed and print, with `[stdout:3] ` before each line."""
         streamer = Streamer()
         self._stream_to(streamer, None)
         try:
@@ -231,15 +233,16 @@ class AsyncResult(TaskFuture):
         """Wait, and print what the tasks have printed and show what `execute` returned.
 
         Args:
-            groupby: "type": all of stdout, then all of stderr, then all values; "engine": engine by engine; "order": task by
-                task.
+            groupby: "type": all of stdout, then all of stderr, then all values; "engine": engine by engine; "order":
+                task by task.
             result_only: leave out what was printed.
         """
         self.wait()
         tasks = []
         for i in range(self._count):
             meta = self._metadata_of(i)
-            tasks.append((meta["engine_id"], meta["stdout"], meta["stderr"], None if self._failed(i) else self._shown(i)))
+            shown = None if self._failed(i) else self._shown(i)
+            tasks.append((meta["engine_id"], meta["stdout"], meta["stderr"], shown))
         show_outputs(tasks, groupby, result_only, not self._single)
 
     def _shown(self, i: int) -> Any:
@@ -343,7 +346,8 @@ class AsyncResult(TaskFuture):
         return sum(o[1].duration for o in self._outcomes if o is not None)
 
     @staticmethod
-    def timedelta(start: Any, end: Any, start_key: Callable[[Any], Any] = min, end_key: Callable[[Any], Any] = max) -> float:
+    def timedelta(start: Any, end: Any, start_key: Callable[[Any], Any] = min,
+                  end_key: Callable[[Any], Any] = max) -> float:
         """s between two datetimes, or two lists of them as in `ar.timedelta(ar.submitted, ar.received)`.
 
         Args:
@@ -355,7 +359,7 @@ class AsyncResult(TaskFuture):
 
     def _metadata_of(self, i: int) -> Metadata:
         outcome = self._outcomes[i]
-        meta = Metadata.fromkeys(_METADATA)
+        meta = Metadata(dict.fromkeys(_METADATA))
         meta.update(msg_id=self._msg_id(i), submitted=_when(self._submitted),
                     stdout=self._printed(i, "stdout"), stderr=self._printed(i, "stderr"), label=self._label,
                     data=self._published(i))
@@ -373,8 +377,9 @@ class AsyncResult(TaskFuture):
 
     @property
     def metadata(self) -> Any:
-        """A dict per task (a list of them unless the result is single): msg_id, submitted, started, completed, received (datetimes
-        with time zone), engine_id, engine_uuid, status, attempt, error, stdout, stderr, label, data (what the task published)."""
+        """A dict per task (a list of them unless the result is single): msg_id, submitted, started, completed, received
+        (datetimes with time zone), engine_id, engine_uuid, status, attempt, error, stdout, stderr, label, data (what the
+        task published), execute_input and execute_result (of `execute`). Its keys are attributes, too."""
         all_ = [self._metadata_of(i) for i in range(self._count)]
         return all_[0] if self._single else all_
 
@@ -402,7 +407,8 @@ class AsyncResult(TaskFuture):
         for i in range(min(self._count, 20)):
             outcome, meta = self._outcomes[i], self._metadata_of(i)
             took = "" if outcome is None else f"{outcome[1].duration:.3g} s"
-            rows.append(("" if meta["engine_id"] is None else meta["engine_id"], meta["status"], took, meta["error"] or ""))
+            engine = "" if meta["engine_id"] is None else meta["engine_id"]
+            rows.append((engine, meta["status"], took, meta["error"] or ""))
         return table(repr(self).strip("<>"), ("engine", "status", "run time", "error"), rows, self._count)
 
 
@@ -581,7 +587,7 @@ class Selection(AsyncResult):
 
     def _final(self, return_exceptions: bool) -> Any:
         values = super()._final(return_exceptions)
-        if not self._single and all(isinstance(ar, AsyncMapResult) for ar, _ in self._chosen):  # the items of the map again
+        if not self._single and all(isinstance(ar, AsyncMapResult) for ar, _ in self._chosen):
             return [v for part in values for v in (part if isinstance(part, list) else [part])]
         return values
 

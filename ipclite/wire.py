@@ -108,12 +108,8 @@ def slots(seqs: Sequence[int], size: int) -> list[tuple[int, int, int]]:
             return [(number, a, a + n)]
         runs = [range(first, first + n)]
     else:
-        runs, end = [], first - 1
-        for seq in seqs:
-            if seq != end:
-                runs.append(range(seq, seq))
-            end = seq + 1
-            runs[-1] = range(runs[-1].start, end)
+        cuts = [i for i, (a, b) in enumerate(zip(seqs, seqs[1:]), 1) if b - a != 1]
+        runs = [range(seqs[i], seqs[j - 1] + 1) for i, j in zip([0, *cuts], [*cuts, n])]
     places = []
     for run in runs:
         at = run.start

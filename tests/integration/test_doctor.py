@@ -6,11 +6,16 @@ import json
 import os
 import signal
 import socket
+import sys
+import warnings
 
 import pytest
-from shell import Command, connection, controller, run, security
+from shell import Command, Raw, connection, controller, run, security
+
+import ipclite as ipp
 
 FAILED = "FAIL"
+HERE = ".".join(map(str, sys.version_info[:2]))
 
 
 def verdicts(*words, code=None):
@@ -120,6 +125,22 @@ def test_a_clock_that_is_behind(ipython_dir):
         os.utime(path, (info["started"] + 1000,) * 2)
         result, text = verdicts()["clock"]
         assert result == "note" and text.startswith("the controller's host is ") and "; the file server is " in text
+
+
+def test_another_python(ipython_dir):
+    """Byte code does not travel between versions: doctor and client say so."""
+    with controller(ipython_dir):
+        info = connection(ipython_dir, "engine")
+        old = Raw.member(info)
+        old.hello(info, python="2.7.18")
+        assert verdicts()["client: key"][1].endswith(f"1 engines, some with Python 2.7 (here {HERE})")
+        with pytest.warns(UserWarning, match=f"engine 0 runs Python 2.7.18 and this is Python {HERE}: functions of"):
+            ipp.Client().close()
+        old.close()
+    with controller(ipython_dir), Command("engine"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ipp.Client(timeout=20) as rc:
+            rc.wait_for_engines(1, timeout=20)
 
 
 def test_something_else_listens(ipython_dir):

@@ -68,7 +68,8 @@ def test_submit(executor):
 
 
 def test_arguments_of_any_name(executor):
-    assert executor.submit(whole, 1, fn=2, self=3, f=4, block=5).result(30) == (1, 2, (), dict(fn=2, self=3, f=4, block=5))
+    names = {"fn": 2, "self": 3, "f": 4, "block": 5}
+    assert executor.submit(whole, 1, **names).result(30) == (1, 2, (), names)
     with pytest.raises(TypeError):
         executor.submit()
     with pytest.raises(TypeError):
@@ -78,7 +79,7 @@ def test_arguments_of_any_name(executor):
 
 
 def test_views_pass_on_arguments_of_any_name_too(balanced):
-    assert balanced.apply_sync(whole, 1, f=2, self=3) == (1, 2, (), dict(f=2, self=3))
+    assert balanced.apply_sync(whole, 1, f=2, self=3) == (1, 2, (), {"f": 2, "self": 3})
 
 
 def test_one_engine_keeps_the_order_of_submission(rc, executor):
@@ -320,7 +321,8 @@ def test_those_who_wait_hear_of_a_cancellation(executor, held):
             found.append("cancelled")
 
     threads = [threading.Thread(target=wait, args=(how,)) for how in (
-        future.result, future.exception, future.wait, lambda: cf.wait([future], 30).done, lambda: next(cf.as_completed([future], 30)))]
+        future.result, future.exception, future.wait, lambda: cf.wait([future], 30).done,
+        lambda: next(cf.as_completed([future], 30)))]
     for thread in threads:
         thread.start()
     eventually(lambda: len(getattr(future, "_waiters", ())) == 2, what="those who wait")
@@ -328,7 +330,7 @@ def test_those_who_wait_hear_of_a_cancellation(executor, held):
     for thread in threads:
         thread.join(30)
     assert len(found) == 5
-    assert found.count("cancelled") == 2 and found.count({future}) == 1 and found.count(future) == 1 and found.count(True) == 1
+    assert [found.count(what) for what in ("cancelled", {future}, future, True)] == [2, 1, 1, 1]
 
 
 def test_callbacks_run_in_order_and_at_once_if_it_has_ended(executor):

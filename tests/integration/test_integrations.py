@@ -68,14 +68,10 @@ def test_old_scripts_ask_for_it_by_its_old_name(rc, backend):
 
 def test_make_default(rc):
     before = joblib.parallel.DEFAULT_BACKEND
-    try:
-        rc[:].register_joblib_backend("everywhere", make_default=True)
-    except BaseException:
-        joblib.parallel.DEFAULT_BACKEND = before
-        raise
     rc.load_balanced_view().register_joblib_backend("everywhere", make_default=True)
     try:
-        assert set(joblib.Parallel(n_jobs=-1)(joblib.delayed(pid_of)(i) for i in range(50))) <= set(rc[:].apply_sync(os.getpid))
+        pids = joblib.Parallel(n_jobs=-1)(joblib.delayed(pid_of)(i) for i in range(50))
+        assert set(pids) <= set(rc[:].apply_sync(os.getpid))
     finally:
         joblib.parallel.DEFAULT_BACKEND = before
 
@@ -112,8 +108,10 @@ def test_results_as_they_come_and_a_timeout(backend, tmp_path):
 
 def test_a_parallel_within_a_task_has_its_engine_to_itself(backend):
     def outer(i):
-        inner = joblib.Parallel(n_jobs=4)(joblib.delayed(lambda j: (os.getpid(), threading.get_ident()))(j) for j in range(5))
-        return {(os.getpid(), threading.get_ident())} == set(inner)
+        def here(_):
+            return os.getpid(), threading.get_ident()
+
+        return set(joblib.Parallel(n_jobs=4)(joblib.delayed(here)(j) for j in range(5))) == {here(0)}
 
     assert all(joblib.Parallel()(joblib.delayed(outer)(i) for i in range(4)))
 
@@ -242,7 +240,6 @@ def test_a_second_scheduler_is_refused(dask):
     rc.become_dask()
     with ipp.Client(rc.cluster.connection_file()) as other, pytest.raises(RuntimeError, match="stop_dask"):
         other.become_dask(targets=0)
-    other = None
     assert rc[:].apply_sync(worker_threads) == [["dask-worker"], ["dask-worker"]]
 
 

@@ -41,8 +41,13 @@ def db(clock):
 
 
 def submit(db, seqs, session=ALICE, spec=SPEC, payload=b"args", function=None, when=NOW, fan=1):
+    """Tell the database of tasks in either way: in one piece if there are several that fit."""
     seqs = list(seqs)
-    db.submitted(Batch(session, spec, seqs, [payload] * len(seqs), when, function, fan))
+    frames = wire.encode_tasks(spec, session, [(seq, fan, payload) for seq in seqs[::fan]])
+    if len(seqs) > 1 and len(frames) == 1:
+        db.submitted(Batch(session, spec, seqs, None, when, function, fan, frames[0]))
+    else:
+        db.submitted(Batch(session, spec, seqs, [payload] * len(seqs), when, function, fan))
 
 
 def finish(db, seqs, session=ALICE, engine=3, status=wire.OK, payload=b"value", received=NOW + 2, attempt=1):
@@ -230,6 +235,7 @@ def test_a_call_to_several_engines_has_a_record_for_each(db):
     submit(db, range(5, 9), spec=json.dumps({"op": "apply", "targets": [4, 6]}).encode(), fan=2)
     assert [r["targets"] for r in db.find_records({})] == [[4], [6], [4], [6]]
     assert [r["queue"] for r in db.find_records({})] == ["mux"] * 4
+    assert [r["buffers"] for r in db.find_records({}, ["buffers"])] == [[b"args"]] * 4
 
 
 def test_tasks_that_come_twice_are_left_as_they_are(db):
