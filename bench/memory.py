@@ -1,10 +1,11 @@
-"""Whether memory stays flat: run many tasks whose results are fetched and forgotten, and compare with the first ten thousand.
+"""Whether memory stays flat: run many tasks, fetch and forget their results, and compare with the first ten thousand.
 
     python -m bench.memory [--tasks 1000000] [--engines 2]
 
 Prints a table of the memory (RSS, and of it the part that is shared with nobody) of client, controller, agent and
-engines after 10,000 tasks, at steps between, and at the end; exits with 1 if a process has grown by more than 10%. Engines
-share most of their memory with their agent until they write to it, so that their own part grows while the whole does not.
+engines after 10,000 tasks, at steps between, and at the end; exits with 1 if a process has grown by more than 10%.
+Engines share most of their memory with their agent until they write to it, so that their own part grows while the whole
+does not.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ class Cluster:
             self.controller = self._launcher(self.controller_launcher_class, options, self._controller_flags())
             with launchers.held_back():
                 self.controller.start()
-                self.started = time.time()
+                self.started, self._noted = time.time(), False
                 if self.shutdown_atexit:
                     atexit.register(self._at_exit)
                 self.write_cluster_file()
@@ -496,7 +496,7 @@ class Cluster:
                 if config.dead_run(info) or controller is not None and controller.wrote(info):
                     config.remove_sockets(info)
                     if not info.get("reuse"):
-                        path.unlink()
+                        path.unlink(missing_ok=True)
             except ConnectionFileError:
                 pass  # it is not there, or not ours
 
@@ -600,7 +600,7 @@ class Cluster:
 
     def write_cluster_file(self) -> None:
         """Note in the cluster file what runs; remove the file when nothing does."""
-        if self.cluster_file is None:
+        if self.cluster_file is None or (self._noted and not self._still_noted()):
             return
         if self.controller is None:
             self.remove_cluster_file()  # engines of someone else's controller are not a cluster
@@ -610,9 +610,16 @@ class Cluster:
 
     def remove_cluster_file(self) -> None:
         """Remove the cluster file, if this cluster wrote it or came from it."""
-        if self.cluster_file is not None and self._noted and self.cluster_file.exists():
-            self.cluster_file.unlink()
+        if self.cluster_file is not None and self._noted and self._still_noted():
+            self.cluster_file.unlink(missing_ok=True)
         self._noted = False
+
+    def _still_noted(self) -> bool:
+        """Does the cluster file speak of this run? Who stopped the cluster has removed it; a new run may have its own."""
+        try:
+            return bool(config.read_json(self.cluster_file or "")["cluster"]["started"] == self.started)
+        except (ConnectionFileError, KeyError, TypeError):
+            return False
 
     def __repr__(self) -> str:
         states = [f"controller={self.controller.state if self.controller else 'none'}"]

@@ -32,6 +32,7 @@ from .results import AsyncResult
 
 FUNCTIONS_KEPT = 256  # functions whose bytes the controller and the engines hold for us
 TICK_S = 1.0  # between two looks at the controller's silence
+FAR_SILENCE_S = 30.0  # that a controller on another host may keep at least
 NAP_S, LONG_NAP_S = 0.02, 0.1  # of the io thread while another thread leads
 TAKE = 256  # messages taken in before the outbox gets its turn
 
@@ -94,7 +95,8 @@ class Connection:
         self._context, self._link = context, link
         self._on_message, self._on_lost = on_message, on_lost
         self._max_task_bytes: int = welcome["max_task_bytes"]
-        self._silence_s: float = welcome["silence_s"]
+        # On a slow link a large message holds up the controller's signs of life.
+        self._silence_s: float = max(welcome["silence_s"], 0.0 if link.local else FAR_SILENCE_S)
         self._heard = time.monotonic()
         self._mutex, self._sock_lock = threading.Lock(), threading.Lock()
         self._outbox: list[tuple[Optional[bytes], Any]] = []

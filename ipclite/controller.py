@@ -32,7 +32,7 @@ from .db import Batch, Function, Section
 from .errors import AlreadyRunning, ConnectionFileError, ProtocolError
 from .queries import Desk, open_db
 from .scheduler import Scheduler
-from .tasks import Abort, Accept, EngineDown, EngineUp, Fail, Finished, Recall, Returned, Run, Spec, Submit, Task, Tick
+from .tasks import Abort, Accept, EngineDown, EngineUp, Fail, Finished, HostDown, Recall, Returned, Run, Spec, Submit, Task, Tick
 
 DRAIN = 64  # messages taken from one socket before the others get their turn
 SSH_KEYS = {"client": "IPController.ssh_server", "engine": "IPController.engine_ssh_server"}
@@ -490,19 +490,26 @@ class Controller:
             self._drop_engines_of(agent.uuid, reason)
 
     def _drop_engines_of(self, agent_uuid: str, reason: str) -> None:
-        for engine in [e for e in self.engines.values() if e.agent == agent_uuid]:
-            self._drop_engine(engine, reason, "unknown", False)
+        gone = [self._strike(e, reason, "unknown", False) for e in list(self.engines.values()) if e.agent == agent_uuid]
+        self._carry_out(self.scheduler.handle(HostDown([event for event in gone if event is not None]), time.monotonic()))
 
     def _drop_engine(self, engine: EnginePeer, reason: str, running: Any, crashed: bool,
                      verdict: Optional[tuple[str, str]] = None) -> None:
+        event = self._strike(engine, reason, running, crashed, verdict)
+        if event is not None:
+            self._carry_out(self.scheduler.handle(event, time.monotonic()))
+
+    def _strike(self, engine: EnginePeer, reason: str, running: Any, crashed: bool,
+                verdict: Optional[tuple[str, str]] = None) -> Optional[EngineDown]:
+        """Take an engine off the list, and tell the clients; returns what the scheduler is to hear of it."""
         self._peers.pop((engine.sock, engine.route), None)
         if self.engines.get(engine.id) is not engine:
-            return
+            return None
         del self.engines[engine.id]
         self.log.warning("engine %d (pid %s on %s) is gone: %s", engine.id, engine.info["pid"], engine.info["host"], reason)
         self._tell_clients({"left": {str(engine.id): reason}})
         reason = f"engine {engine.id} on {engine.info['host']} is gone: {reason}"
-        self._carry_out(self.scheduler.handle(EngineDown(engine.id, reason, running, crashed, verdict), time.monotonic()))
+        return EngineDown(engine.id, reason, running, crashed, verdict)
 
     def _tell_clients(self, news: dict[str, Any]) -> None:
         message = wire.encode_json(wire.ENGINES, news)

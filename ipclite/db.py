@@ -6,8 +6,8 @@
 The controller tells the database of tasks in batches, as they travel, so that a record need not be made before somebody
 asks for it. Records are dicts with the keys of `KEYS`; payloads in them are opaque pieces of bytes.
 
-Rules that hold here: a query is compiled once, and what it does not understand is an error; a database that keeps nothing
-says so when it is asked; one that has dropped a record says that, and why.
+Rules that hold here: a query is compiled once, and what it does not understand is an error; a database that keeps
+nothing says so when it is asked; one that has dropped a record says that, and why.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Protoco
 from . import wire
 from .errors import NoRecord
 
-KEYS = ("msg_id", "client_uuid", "engine_uuid", "engine_id", "submitted", "started", "completed", "received", "resubmitted",
-        "queue", "label", "status", "error", "ename", "evalue", "attempt", "op", "fn", "targets", "stdout", "stderr", "header",
-        "metadata", "result_header", "buffers", "result_buffers", "function")
+KEYS = ("msg_id", "client_uuid", "engine_uuid", "engine_id", "submitted", "started", "completed", "received",
+        "resubmitted", "queue", "label", "status", "error", "ename", "evalue", "attempt", "op", "fn", "targets",
+        "stdout", "stderr", "header", "metadata", "result_header", "buffers", "result_buffers", "function")
 DATES = ("submitted", "started", "completed", "received")
 BUFFERS = ("buffers", "result_buffers", "function")  # a query gives them only when they are asked for by name
 
@@ -54,8 +54,8 @@ class Batch:
 
     __slots__ = ("session", "spec", "seqs", "payloads", "when", "function", "fan", "frame")
 
-    def __init__(self, session: bytes, spec: bytes, seqs: list[int], payloads: Optional[list[wire.Payload]], when: float,
-                 function: Optional[Function] = None, fan: int = 1, frame: Optional[bytes] = None):
+    def __init__(self, session: bytes, spec: bytes, seqs: list[int], payloads: Optional[list[wire.Payload]],
+                 when: float, function: Optional[Function] = None, fan: int = 1, frame: Optional[bytes] = None):
         self.session, self.spec, self.seqs, self.payloads = session, spec, seqs, payloads
         self.when, self.function, self.fan, self.frame = when, function, fan, frame
 
@@ -190,7 +190,12 @@ def _nin(operand: Any, name: str) -> Condition:
 
 def _all(operand: Any, name: str) -> Condition:
     wanted = _list(operand, name)
-    return lambda value: bool(wanted) and all(w in value if isinstance(value, (list, tuple)) else w == value for w in wanted)
+
+    def holds(value: Any) -> bool:
+        held = value if isinstance(value, (list, tuple)) else [value]
+        return bool(wanted) and all(w in held for w in wanted)
+
+    return holds
 
 
 def _glob(operand: Any, name: str) -> Condition:
@@ -229,9 +234,9 @@ OPERATORS: dict[str, Callable[[Any, str], Condition]] = {
 def compile_query(query: Mapping[str, Any], known: Optional[Iterable[str]] = None) -> Callable[[Get], bool]:
     """Make a predicate of a query: {key: value or {operator: operand, ...}, ...}; all conditions must hold.
 
-    A plain value stands for equality, None for "not set". An order holds between two numbers, two texts or two dates only, and
-    of None nothing is greater or less. Operands of `DATES` may be ISO text or datetimes; without a time zone they are in
-    the controller's.
+    A plain value stands for equality, None for "not set". An order holds between two numbers, two texts or two dates
+    only, and of None nothing is greater or less. Operands of `DATES` may be ISO text or datetimes; without a time zone
+    they are in the controller's.
 
     Args:
         known: the keys that there are; by default those of records.
@@ -248,8 +253,9 @@ def compile_query(query: Mapping[str, Any], known: Optional[Iterable[str]] = Non
     conditions: list[tuple[str, Condition]] = []
     for key, wanted in query.items():
         check_keys([key], known)
-        operators = [k for k in wanted if isinstance(k, str) and k.startswith("$")] if isinstance(wanted, Mapping) else []
-        if operators and len(operators) < len(wanted):
+        parts = wanted if isinstance(wanted, Mapping) else ()
+        operators = [part for part in parts if isinstance(part, str) and part.startswith("$")]
+        if operators and len(operators) < len(parts):
             raise ValueError(f"the condition for {key!r} mixes operators and values: {_short(wanted)}")
         for operator, operand in wanted.items() if operators else [("$eq", wanted)]:
             if operator not in OPERATORS:
@@ -258,7 +264,7 @@ def compile_query(query: Mapping[str, Any], known: Optional[Iterable[str]] = Non
                 several = operator in ("$in", "$nin", "$all")
                 operand = [_date(o, key) for o in _list(operand, operator)] if several else _date(operand, key)
             conditions.append((key, OPERATORS[operator](operand, operator)))
-    return lambda get: all([condition(get(key)) for key, condition in conditions])
+    return lambda get: all(condition(get(key)) for key, condition in conditions)
 
 
 def _date(operand: Any, key: str) -> Any:
@@ -266,7 +272,8 @@ def _date(operand: Any, key: str) -> Any:
         try:
             operand = datetime.fromisoformat(operand[:-1] + "+00:00" if operand.endswith("Z") else operand)
         except ValueError:
-            raise ValueError(f"{operand!r} is not a date like 2030-12-31T23:59:59+00:00, which {key!r} is compared with") from None
+            raise ValueError(f"{_short(operand)} is not a date like 2030-12-31T23:59:59+00:00, which {key!r} is "
+                             "compared with") from None
     if operand is not None and not isinstance(operand, datetime):
         raise ValueError(f"{key!r} is compared with dates (datetime or ISO text), not {_short(operand)}")
     return operand.astimezone(timezone.utc) if operand is not None and operand.tzinfo is None else operand
@@ -318,8 +325,8 @@ class NoDB:
     def get_record(self, msg_id: str) -> dict[str, Any]:
         """Raises NoRecord."""
         wire.task_key(msg_id)
-        raise NoRecord(f"this controller keeps no records, so it does not know whether there was a task {msg_id}: start it with "
-                       "--dictdb")
+        raise NoRecord(f"this controller keeps no records, so it does not know whether there was a task {msg_id}: "
+                       "start it with --dictdb")
 
     def find_records(self, query: Mapping[str, Any], keys: Optional[Iterable[str]] = None) -> list[dict[str, Any]]:
         """Raises NoRecord, or ValueError like others."""

@@ -4,10 +4,11 @@
     (place: where it is now)     ├─ a block of rows per 256 numbers ──► _Row ──► a record
     Section ──► fates ───────────┘
 
-What the controller tells goes into slots of lists, a slice at a time, and points to the batch or section that it came with;
-nothing is decoded before somebody asks. Rules that hold here: unfinished tasks are always on record; finished ones are dropped
-with the section that brought their result, oldest first, when there are more than `record_limit`, when they hold more
-than `size_limit` bytes or when they are older than `record_age` seconds; asking for one that was dropped says so.
+What the controller tells goes into slots of lists, a slice at a time, and points to the batch or section that it came
+with; nothing is decoded before somebody asks. Rules that hold here: unfinished tasks are always on record; finished
+ones are dropped with the section that brought their result, oldest first, when there are more than `record_limit`, when they
+hold more than `size_limit` bytes or when they are older than `record_age` seconds; asking for one that was dropped says
+so.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Place = Callable[[wire.TaskKey], Optional[Tuple[int, str, int]]]
 
 
 class _Origin:
-    """What tasks have in common that came together; `share` is the size of the arguments of one, `frame` holds those of all."""
+    """What tasks that came together have in common; `share` is the size of one's arguments, `frame` may hold all."""
 
     __slots__ = ("spec", "first", "fan", "when", "function", "frame", "share", "order")
 
@@ -73,8 +74,8 @@ class _Session:
 class _Row:
     """One task while its record is made: a method or attribute per key, worked out on demand."""
 
-    def __init__(self, key: wire.TaskKey, origin: _Origin, payload: Any, section: Optional[Section], extra: dict[str, Any],
-                 opened: Callable[[Union[Section, _Origin]], dict[int, Any]], place: Place):
+    def __init__(self, key: wire.TaskKey, origin: _Origin, payload: Any, section: Optional[Section],
+                 extra: dict[str, Any], opened: Callable[[Union[Section, _Origin]], dict[int, Any]], place: Place):
         self.key, self.origin, self._payload, self.extra = key, origin, payload, extra
         self._spec: Optional[dict[str, Any]] = None
         self.section, self._place = section, place
@@ -89,7 +90,8 @@ class _Row:
 
     @property
     def payload(self) -> wire.Payload:
-        return self._payload if self.origin.frame is None else self._opened(self.origin)[self.key[1]]  # type: ignore[no-any-return]
+        payload: wire.Payload = self._payload if self.origin.frame is None else self._opened(self.origin)[self.key[1]]
+        return payload
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -140,8 +142,8 @@ class _Row:
                 "date": _when(self.origin.when)}
 
     def result_header(self) -> Any:
-        return self.finished(lambda r: {"status": self.status(), "engine_id": self("engine_id"), "started": _when(r.started),
-                                        "date": _when(r.started + r.duration)})
+        return self.finished(lambda r: {"status": self.status(), "engine_id": self("engine_id"),
+                                        "started": _when(r.started), "date": _when(r.started + r.duration)})
 
 
 FIELDS: dict[str, Callable[[_Row], Any]] = {
@@ -271,7 +273,8 @@ class DictDB:
         if not rows:
             return
         section.left = rows
-        section.size = size + sum([len(f) if type(f) is bytes else f.nbytes for f in section.frames]) + rows * ROW_SIZE + SECTION_SIZE
+        size += sum([len(f) if type(f) is bytes else f.nbytes for f in section.frames])
+        section.size = size + rows * ROW_SIZE + SECTION_SIZE
         self.count += rows
         self.size += section.size
         self._done.append(section)
@@ -393,17 +396,20 @@ class DictDB:
         if session is None or not 0 < key[1] < session.end:
             raise NoRecord(f"the controller knows of no task {msg_id}")
         if session.reason:
-            raise RecordExpired(f"the record of task {msg_id} expired or was purged: {session.reason}, which can be raised in "
-                                "ipcontroller_config.py")
+            raise RecordExpired(f"the record of task {msg_id} expired or was purged: {session.reason}, which can be "
+                                "raised in ipcontroller_config.py")
         raise RecordExpired(f"the record of task {msg_id} was purged")
 
     def _open(self, source: Union[Section, _Origin]) -> dict[int, Any]:
-        """The results, or arguments, that came together, by number; those of the last few are kept for the next question."""
+        """The results, or arguments, that came together, by number; the last few are kept for the next question."""
         found = self._opened.get(source)
         if found is None:
             if len(self._opened) >= OPENED:
                 self._opened.clear()
-            found = {r.seq: r for r in source.results()} if isinstance(source, Section) else read_arguments(source.frame or b"")
+            if isinstance(source, Section):
+                found = {r.seq: r for r in source.results()}
+            else:
+                found = read_arguments(source.frame or b"")
             self._opened[source] = found
         return found
 
@@ -431,7 +437,9 @@ class DictDB:
     def find_records(self, query: Mapping[str, Any], keys: Optional[Iterable[str]] = None) -> list[dict[str, Any]]:
         """See TaskDB."""
         matches = compile_query(query)
-        wanted = [k for k in KEYS if k not in BUFFERS] if keys is None else list(dict.fromkeys(["msg_id", *check_keys(keys)]))
+        if keys is None:
+            keys = [k for k in KEYS if k not in BUFFERS]
+        wanted = list(dict.fromkeys(["msg_id", *check_keys(keys)]))
         return [{k: row(k) for k in wanted} for row in self._rows() if matches(row)]
 
     def get_history(self) -> list[str]:
@@ -454,7 +462,7 @@ class DictDB:
 
     def _tidy(self) -> None:
         self._opened.clear()
-        if any([not section.left for section in self._done]):
+        if any(not section.left for section in self._done):
             self._done = deque(section for section in self._done if section.left)
 
     def update_record(self, msg_id: str, changes: Mapping[str, Any]) -> None:

@@ -15,11 +15,13 @@ from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 from . import pack, wire
 from .errors import RecordExpired
-from .results import AsyncExecuteResult, AsyncMapResult, AsyncResult, ExecuteReply, Outcome, _combine, _when
+from .display import ExecuteReply
+from .futures import Outcome, _combine
+from .results import AsyncExecuteResult, AsyncMapResult, AsyncResult, _when
 
 
 class History(SequenceABC):  # type: ignore[type-arg]
-    """The ids of the tasks `first` .. `end - 1` of a session, in the order of submission. A snapshot that takes no room."""
+    """The ids of the tasks `first` .. `end - 1` of a session, in the order of submission: a snapshot."""
 
     def __init__(self, session: bytes, first: int, end: int):
         self._session, self._numbers = session, range(first, end)
@@ -56,7 +58,8 @@ def kept(client: Any) -> dict[int, tuple[AsyncResult, int]]:
     """
     found: dict[int, tuple[AsyncResult, int]] = {}
     for obj in gc.get_objects():
-        if issubclass(type(obj), AsyncResult) and obj.__dict__.get("_client") is client and type(obj) is not AsyncHubResult:
+        kind = type(obj)
+        if issubclass(kind, AsyncResult) and kind is not AsyncHubResult and obj.__dict__.get("_client") is client:
             found.update((obj._first + i, (obj, i)) for i in range(obj._count))
     return dict(sorted(found.items()))
 
@@ -172,7 +175,7 @@ class AsyncHubResult(AsyncResult):
         """Whether the tasks have left the client: they are known to the controller."""
         return True
 
-    def _metadata_of(self, i: int) -> dict[str, Any]:
+    def _metadata_of(self, i: int) -> Any:
         meta, task = super()._metadata_of(i), self._tasks[i]
         meta.update(msg_id=wire.msg_id(self._keys[i]), label=task["label"])
         meta["submitted"] = task["submitted"] or meta["submitted"]

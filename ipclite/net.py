@@ -35,7 +35,8 @@ NetError = zmq.ZMQError
 
 LARGE = 64 * 1024  # from here on frames are handed over rather than copied
 HANDSHAKE_S = 5.0  # a peer that is there answers well within this
-HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 3000, 12000  # answered by libzmq's own thread, whatever Python is doing
+# Answered by libzmq's own thread, whatever Python is doing; but not while one large message is under way on a slow link.
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 3000, 30000
 
 _MORE, _NOBLOCK, _EVENTS = int(zmq.SNDMORE), int(zmq.NOBLOCK), int(zmq.EVENTS)
 _send, _recv, _get = RawSocket.send, RawSocket.recv, RawSocket.get  # the loops over frames are ours: one pass, the large ones uncopied

@@ -4,7 +4,8 @@
                                      │
              a result that a client asked for ──► RESULTS, at once or when it comes (`watchers`)
 
-Rules that hold here: a query either does all it is asked or nothing; results and other payloads travel as frames; nobody polls.
+Rules that hold here: a query either does all it is asked or nothing; results and other payloads travel as frames;
+nobody polls.
 """
 
 from __future__ import annotations
@@ -95,12 +96,14 @@ class Desk:
             only = frozenset((engine_id,))
             queued = [t for q in engine.queues if q.allowed == only for t in q.tasks()]
             bound = [t for t in engine.outstanding.values() if t.allowed == only] + queued
-            done = self.db.find_records({"engine_id": engine_id, "completed": {"$ne": None}}, ["msg_id"]) if self.db.keeps else []
+            query = {"engine_id": engine_id, "completed": {"$ne": None}}
+            done = self.db.find_records(query, ["msg_id"]) if self.db.keeps else []
             status[engine_id] = {"queue": _ids(bound), "completed": [r["msg_id"] for r in done],
                                  "tasks": _ids(t for t in engine.outstanding.values() if t.allowed != only)}
         for engine in self.scheduler.engines.values():
             only = frozenset((engine.id,))
-            for task in [*engine.outstanding.values(), *[t for q in engine.queues if q.allowed == only for t in q.tasks()]]:
+            queued = [t for q in engine.queues if q.allowed == only for t in q.tasks()]
+            for task in [*engine.outstanding.values(), *queued]:
                 waiting.pop(task.key, None)
         status["unassigned"] = _ids(waiting.values())
         return status
@@ -123,8 +126,8 @@ class Desk:
             if task is None:
                 raise
             spec = json.loads(task.spec.raw)
-            record = {"op": spec.get("op"), "fn": spec.get("fn"), "label": spec.get("label"), "submitted": None, "stdout": "",
-                      "stderr": "", "engine_uuid": None}
+            record = {"op": spec.get("op"), "fn": spec.get("fn"), "label": spec.get("label"), "submitted": None,
+                      "stdout": "", "stderr": "", "engine_uuid": None}
         about = {k: record[k] for k in ("op", "fn", "label", "submitted", "stdout", "stderr", "engine_uuid")}
         return {**about, "done": task is None}
 
@@ -242,10 +245,11 @@ def open_db(name: str, settings: Mapping[str, Any], place: Place) -> TaskDB:
     known = module.split(".")[0] in ("", __name__.split(".")[0], "ipyparallel", "IPython")
     short = kind.lower() if known else ""
     if short == "dictdb":
-        return DictDB(settings["DictDB.record_limit"], settings["DictDB.size_limit"], settings["DictDB.record_age"], place)
+        limits = {key: settings[f"DictDB.{key}"] for key in ("record_limit", "size_limit", "record_age")}
+        return DictDB(**limits, place=place)
     if short == "nodb":
         return NoDB()
     if short in ("sqlitedb", "mongodb"):
-        raise ConfigError(f"this version has no {kind}: choose DictDB (records in memory) or NoDB with c.IPController.db_class, "
-                          "--dictdb or --nodb.")
+        raise ConfigError(f"this version has no {kind}: choose DictDB (records in memory) or NoDB with "
+                          "c.IPController.db_class, --dictdb or --nodb.")
     raise ConfigError(f"c.IPController.db_class is {name!r}, and there are only DictDB and NoDB.")

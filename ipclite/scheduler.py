@@ -31,7 +31,7 @@ from heapq import heapify, heappop, heappush
 from typing import Any, Callable, Iterable, Optional
 
 from .tasks import (ABORTED, ASSIGNED, ATTEMPTS_MAX, DONE, FAILED, READY, RECALLED, TRANSITIONS, UNKNOWN, WAITING, Abort,
-                    Accept, Effect, EngineDown, EngineUp, Fail, Finished, Ids, Outcome, Recall, Returned, Run, Spec, State,
+                    Accept, Effect, EngineDown, EngineUp, Fail, Finished, HostDown, Ids, Outcome, Recall, Returned, Run, Spec, State,
                     Submit, Tally, Task, Tick, Wait)
 from .wire import OK, UNMET, TaskKey, msg_id, slots
 
@@ -533,21 +533,25 @@ class Scheduler:
                     continue
             else:
                 note = why + (" (may have run)" if ran else " (not started)")
-            self._lose(task, note)
+            self._lose(task, note, event.crashed)
         for task in stranded:
             if self._fits(task) or task.allowed is None and not self.engines:
                 self._place(task)
             else:
                 self._strand(task, why)
 
-    def _lose(self, task: Task, why: str) -> None:
+    def _on_host_down(self, event: HostDown) -> None:
+        for engine in event.engines:
+            self._on_engine_down(engine)
+
+    def _lose(self, task: Task, why: str, crashed: bool) -> None:
         """The engine of a task is gone."""
         if task.aborted:
             self._fail(task, "TaskAborted", f"the task was aborted; {why}")
         elif task.crashes > self.crash_limit:
             self._fail(task, "EngineError", f"{why}; the task has ended {task.crashes} engines and is not tried again")
-        elif self._fits(task):
-            self._move(task, READY, why)
+        elif self._fits(task) or task.allowed is None and not self.engines and not crashed:
+            self._move(task, READY, why)  # in the latter case it waits for an engine to come back
             self._place(task)
         else:
             self._strand(task, why)
@@ -904,6 +908,7 @@ _HANDLERS: dict[type, Callable[[Scheduler, Any], None]] = {
     Returned: Scheduler._on_returned,
     EngineUp: Scheduler._on_engine_up,
     EngineDown: Scheduler._on_engine_down,
+    HostDown: Scheduler._on_host_down,
     Abort: Scheduler._on_abort,
     Tick: lambda scheduler, event: None,
 }

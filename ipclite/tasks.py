@@ -237,6 +237,12 @@ class EngineDown(NamedTuple):
     verdict: Optional[tuple[str, str]] = None  # what the running task fails with: error class and message
 
 
+class HostDown(NamedTuple):
+    """All engines of a host are gone at once; no task of one of them goes to another of them."""
+
+    engines: list[EngineDown]
+
+
 class Abort(NamedTuple):
     session: bytes
     seqs: list[int]

@@ -38,7 +38,11 @@ def test_history_holds_every_task_in_order(start):
     rc = start(2)
     view = rc.load_balanced_view()
     assert len(rc.history) == 0 and list(rc.history) == [] and repr(rc.history) == "<History: 0 tasks>"
-    first, second, each = view.apply_async(abs, -1), view.map_async(abs, [-1, -2], chunksize=1), rc[:].apply_async(os.getpid)
+    first, second, each = (
+        view.apply_async(abs, -1),
+        view.map_async(abs, [-1, -2], chunksize=1),
+        rc[:].apply_async(os.getpid),
+    )
     ids = first.msg_ids + second.msg_ids + each.msg_ids
     assert list(rc.history) == ids == rc.history[:] == view.history[0:5]
     assert rc.history[-1] == ids[-1] and rc.history[1:3] == second.msg_ids and ids[2] in rc.history
@@ -206,7 +210,11 @@ def test_many_threads_ask_at_once(rc, other):
 
 
 def test_result_status(rc, balanced, flag):
-    done, bad, late = balanced.apply_async(abs, -3), balanced.apply_async(divmod, 1, 0), balanced.apply_async(tasks.hold, flag)
+    done, bad, late = (
+        balanced.apply_async(abs, -3),
+        balanced.apply_async(divmod, 1, 0),
+        balanced.apply_async(tasks.hold, flag),
+    )
     done.wait(30), bad.wait(30)
     ids = done.msg_ids + bad.msg_ids + late.msg_ids
     status = rc.result_status(ids)
@@ -244,18 +252,28 @@ def test_db_query(rc, balanced, flag):
     rc.wait([done, bad], 30)
     mine = {"label": "mine", "client_uuid": rc.session.hex()}
     assert [r["msg_id"] for r in rc.db_query(mine)] == done.msg_ids + bad.msg_ids + late.msg_ids
-    assert rc.db_query({**mine, "completed": None}, keys=["status"]) == [{"msg_id": late.msg_ids[0], "status": "pending"}]
+    assert rc.db_query({**mine, "completed": None}, keys=["status"]) == [
+        {"msg_id": late.msg_ids[0], "status": "pending"}
+    ]
     assert [r["msg_id"] for r in rc.db_query({**mine, "ename": {"$glob": "Zero*"}})] == bad.msg_ids
-    finished = rc.db_query({**mine, "op": "map", "submitted": {"$gte": before}, "completed": {"$gt": before.isoformat()}},
-                           ("submitted", "started", "completed", "received", "engine_uuid"))
+    finished = rc.db_query(
+        {**mine, "op": "map", "submitted": {"$gte": before}, "completed": {"$gt": before.isoformat()}},
+        ("submitted", "started", "completed", "received", "engine_uuid"),
+    )
     assert len(finished) == 4
     for record in finished:
         assert before <= record["submitted"] <= record["received"] <= datetime.now(timezone.utc)
-        assert record["started"] <= record["completed"] and record["engine_uuid"] in {rc._engine_uuid(i) for i in rc.ids}
+        assert record["started"] <= record["completed"] and record["engine_uuid"] in {
+            rc._engine_uuid(i) for i in rc.ids
+        }
     assert rc.db_query({**mine, "submitted": {"$lt": before - timedelta(seconds=1)}}) == []
     assert len(rc.db_query({**mine, "msg_id": {"$in": done.msg_ids}})) == 4
-    where = eventually(lambda: rc.db_query({"msg_id": late.msg_ids[0]}, ["engine_id", "attempt"])[0]["engine_id"] is not None
-                       and rc.db_query({"msg_id": late.msg_ids[0]}, ["engine_id", "attempt"])[0])
+    where = eventually(
+        lambda: (
+            rc.db_query({"msg_id": late.msg_ids[0]}, ["engine_id", "attempt"])[0]["engine_id"] is not None
+            and rc.db_query({"msg_id": late.msg_ids[0]}, ["engine_id", "attempt"])[0]
+        )
+    )
     assert where["engine_id"] in rc.ids and where["attempt"] == 1
     flag.touch()
     late.get(30)
@@ -265,7 +283,9 @@ def test_records_carry_buffers_and_targets(rc):
     big = os.urandom(200_000)
     ar = rc[[1, 0]].apply_async(len, big)
     ar.get(30)
-    records = rc.db_query({"msg_id": {"$in": ar.msg_ids}}, ["buffers", "result_buffers", "function", "targets", "queue", "fn"])
+    records = rc.db_query(
+        {"msg_id": {"$in": ar.msg_ids}}, ["buffers", "result_buffers", "function", "targets", "queue", "fn"]
+    )
     assert [r["targets"] for r in records] == [[1], [0]] and {r["queue"] for r in records} == {"mux"}
     assert any(big in bytes(piece) for piece in records[0]["buffers"])
     assert records[0]["result_buffers"] and records[0]["function"] and len(records[0]["fn"]) == 32
@@ -277,7 +297,7 @@ def test_failures_without_an_engine_are_on_record(rc, balanced, flag):
     ar.abort()
     with pytest.raises(ipp.TaskAborted):
         ar.get(30)
-    record, = rc.db_query({"msg_id": ar.msg_ids[0]})
+    (record,) = rc.db_query({"msg_id": ar.msg_ids[0]})
     assert (record["ename"], record["engine_id"], record["status"]) == ("TaskAborted", None, "error")
     again = rc.resubmit(ar.msg_ids)
     flag.touch()
@@ -389,8 +409,13 @@ def test_purging_everything(rc, balanced, flag):
     ar = balanced.apply_async(abs, -1)
     ar.get(30)
     late = balanced.apply_async(tasks.hold, flag)
-    for purge in (rc.purge_everything, lambda: rc.purge_results("all"), lambda: rc.purge_hub_results(late),
-                  lambda: rc.purge_local_results([late]), lambda: rc.purge_local_results("all")):
+    for purge in (
+        rc.purge_everything,
+        lambda: rc.purge_results("all"),
+        lambda: rc.purge_hub_results(late),
+        lambda: rc.purge_local_results([late]),
+        lambda: rc.purge_local_results("all"),
+    ):
         with pytest.raises(RuntimeError, match="not ended"):
             purge()
     assert ar.get() == 1 and ar.msg_ids[0] in rc.hub_history()
@@ -417,10 +442,23 @@ def test_another_client_s_unfinished_tasks_are_not_purged(rc, balanced, other, f
 # --- bad input
 
 
-@pytest.mark.parametrize("ids, kind", [
-    ("nonsense", ValueError), ("", ValueError), (NOBODY + "x", ValueError), (NOBODY, ipp.NoRecord), ([NOBODY], KeyError),
-    (10**9, IndexError), (-10**9, IndexError), (1.5, TypeError), (True, TypeError), ({"a": 1}, TypeError), ([None], TypeError),
-    (b"abc", TypeError)])
+@pytest.mark.parametrize(
+    "ids, kind",
+    [
+        ("nonsense", ValueError),
+        ("", ValueError),
+        (NOBODY + "x", ValueError),
+        (NOBODY, ipp.NoRecord),
+        ([NOBODY], KeyError),
+        (10**9, IndexError),
+        (-(10**9), IndexError),
+        (1.5, TypeError),
+        (True, TypeError),
+        ({"a": 1}, TypeError),
+        ([None], TypeError),
+        (b"abc", TypeError),
+    ],
+)
 def test_tasks_that_there_are_not(rc, ids, kind):
     for ask in (rc.get_result, rc.result_status, rc.resubmit, rc.purge_hub_results, rc.purge_local_results):
         if ask == rc.purge_local_results and kind in (ipp.NoRecord, KeyError):
@@ -432,10 +470,18 @@ def test_tasks_that_there_are_not(rc, ids, kind):
     assert rc.load_balanced_view().apply_sync(abs, -1) == 1
 
 
-@pytest.mark.parametrize("query, keys, word", [
-    ({"colour": 1}, None, "no key 'colour'"), ({"label": {"$like": "a"}}, None, "unknown operator"), ("all", None, "a query is a dict"),
-    ({}, ["colour"], "no key 'colour'"), ({}, "msg_id", "keys are a list"), ({"started": 3}, None, "compared with dates"),
-    ({"attempt": {"$gt": None}}, None, r"\$gt takes")])
+@pytest.mark.parametrize(
+    "query, keys, word",
+    [
+        ({"colour": 1}, None, "no key 'colour'"),
+        ({"label": {"$like": "a"}}, None, "unknown operator"),
+        ("all", None, "a query is a dict"),
+        ({}, ["colour"], "no key 'colour'"),
+        ({}, "msg_id", "keys are a list"),
+        ({"started": 3}, None, "compared with dates"),
+        ({"attempt": {"$gt": None}}, None, r"\$gt takes"),
+    ],
+)
 def test_what_is_no_query(rc, query, keys, word):
     with pytest.raises(ValueError, match=word):
         rc.db_query(query, keys)
@@ -452,10 +498,21 @@ def test_what_is_to_be_purged_must_be_said(rc):
 
 
 def test_malformed_queries_from_a_foreign_client_change_nothing(rc, balanced):
-    for what, arguments in [("fetch", {}), ("fetch", {"ids": 3}), ("fetch", {"ids": [3]}), ("tasks", {"ids": [[]]}),
-                            ("resubmit", {"ids": [], "first": -1}), ("resubmit", {"ids": ["x"], "first": 1}), ("purge", {}),
-                            ("purge", {"ids": [], "targets": 3}), ("queue_status", {}), ("queue_status", {"targets": [[]]}),
-                            ("db_query", {}), ("history", {"id": 5}), ("nonsense", {})]:
+    for what, arguments in [
+        ("fetch", {}),
+        ("fetch", {"ids": 3}),
+        ("fetch", {"ids": [3]}),
+        ("tasks", {"ids": [[]]}),
+        ("resubmit", {"ids": [], "first": -1}),
+        ("resubmit", {"ids": ["x"], "first": 1}),
+        ("purge", {}),
+        ("purge", {"ids": [], "targets": 3}),
+        ("queue_status", {}),
+        ("queue_status", {"targets": [[]]}),
+        ("db_query", {}),
+        ("history", {"id": 5}),
+        ("nonsense", {}),
+    ]:
         arguments.pop("id", None)
         if what == "history":
             assert isinstance(rc._query(what), list)
@@ -499,8 +556,12 @@ def test_without_a_database(start, flag):
     assert done.get(30) == 1 and rc.get_result(done.msg_ids).get(30) == [1]
     with rc.cluster.connect_client_sync() as other:
         waiting = other.get_result(late.msg_ids[0])
-        for ask in (other.hub_history, lambda: other.db_query({}), lambda: other.get_result(done.msg_ids),
-                    lambda: other.resubmit(done.msg_ids)):
+        for ask in (
+            other.hub_history,
+            lambda: other.db_query({}),
+            lambda: other.get_result(done.msg_ids),
+            lambda: other.resubmit(done.msg_ids),
+        ):
             with pytest.raises(ipp.NoRecord, match="--dictdb"):
                 ask()
         flag.touch()

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "executor": {"errors", "results"},
     "integrations": {"errors"},
     "connection": {"errors", "wire", "net", "futures", "results"},
-    "history": {"errors", "wire", "pack", "results"},
+    "history": {"errors", "wire", "pack", "display", "futures", "results"},
     "client": {"errors", "wire", "net", "config", "pack", "results", "views", "connection", "history", "tunnel lazily",
                "display", "executor", "integrations lazily"},
     "magics": {"views", "results", "errors"},

@@ -347,6 +347,22 @@ def test_a_dead_cluster_is_replaced(home):
     assert files(home) == []
 
 
+def test_the_file_of_a_later_run_is_left_alone(home):
+    old = Cluster(n=1, cluster_id="x").start_cluster_sync()
+    stopped_by = Cluster.from_file(cluster_id="x")
+    stopped_by.stop_cluster_sync()
+    new = Cluster(n=1, cluster_id="x").start_cluster_sync()
+    text = new.cluster_file.read_text()
+    old.stop_engines_sync()
+    assert new.cluster_file.read_text() == text
+    old.remove_cluster_file()
+    assert new.cluster_file.read_text() == text
+    new.stop_cluster_sync()
+    assert old.start_cluster_sync().cluster_file.exists()
+    old.stop_cluster_sync()
+    assert files(home) == []
+
+
 def test_leftover_engines_of_a_dead_controller_are_stopped(home):
     c = Cluster(n=1, cluster_id="x").start_cluster_sync()
     engines = c.engine_set.key

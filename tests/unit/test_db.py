@@ -63,13 +63,25 @@ def name(seq, session=ALICE):
 # --- the query language
 
 
-ORDERS = {"$lt": lambda a, b: a < b, "$lte": lambda a, b: a <= b, "$le": lambda a, b: a <= b, "$gt": lambda a, b: a > b,
-          "$gte": lambda a, b: a >= b}
+ORDERS = {
+    "$lt": lambda a, b: a < b,
+    "$lte": lambda a, b: a <= b,
+    "$le": lambda a, b: a <= b,
+    "$gt": lambda a, b: a > b,
+    "$gte": lambda a, b: a >= b,
+}
 
 
 def kind(value):
-    return "number" if type(value) in (int, float) else "date" if isinstance(value, datetime) else "text" if isinstance(value, str) \
+    return (
+        "number"
+        if type(value) in (int, float)
+        else "date"
+        if isinstance(value, datetime)
+        else "text"
+        if isinstance(value, str)
         else None
+    )
 
 
 def judge(record, query):
@@ -104,23 +116,39 @@ words = st.sampled_from(["", "a", "ab", "b", "a*", "A", "[a]"])
 numbers = st.integers(-3, 3) | st.sampled_from([0.5, -1.0, 1e300, math.inf])
 scalars = st.none() | numbers | words
 values = scalars | st.lists(scalars, max_size=3)
-records = st.fixed_dictionaries({"engine_id": values, "label": values, "attempt": values, "completed": st.none() | dates})
+records = st.fixed_dictionaries(
+    {"engine_id": values, "label": values, "attempt": values, "completed": st.none() | dates}
+)
 divisors = st.tuples(st.integers(-3, 3).filter(bool), st.integers(-3, 3)).map(list)
 
 
 def conditions(plain, ordered):
     """Every operator with an operand that suits it."""
     several = st.lists(plain, max_size=3)
-    operands = {"$eq": plain, "$ne": plain, "$in": several, "$nin": several, "$all": several, "$glob": words, "$mod": divisors,
-                "$exists": st.booleans(), **dict.fromkeys(ORDERS, ordered)}
+    operands = {
+        "$eq": plain,
+        "$ne": plain,
+        "$in": several,
+        "$nin": several,
+        "$all": several,
+        "$glob": words,
+        "$mod": divisors,
+        "$exists": st.booleans(),
+        **dict.fromkeys(ORDERS, ordered),
+    }
     assert set(operands) == set(OPERATORS)
-    return st.one_of(plain, *[operand.map(lambda o, op=op: {op: o}) for op, operand in operands.items()],
-                     st.fixed_dictionaries({}, optional=operands).filter(bool))
+    return st.one_of(
+        plain,
+        *[operand.map(lambda o, op=op: {op: o}) for op, operand in operands.items()],
+        st.fixed_dictionaries({}, optional=operands).filter(bool),
+    )
 
 
 ordinary = conditions(values, numbers | words)
 when = conditions(st.none() | dates, dates).filter(lambda c: not isinstance(c, dict) or not set(c) & {"$glob", "$mod"})
-queries = st.fixed_dictionaries({}, optional={"engine_id": ordinary, "label": ordinary, "attempt": ordinary, "completed": when})
+queries = st.fixed_dictionaries(
+    {}, optional={"engine_id": ordinary, "label": ordinary, "attempt": ordinary, "completed": when}
+)
 
 
 @settings(max_examples=1500, deadline=None)
@@ -145,8 +173,12 @@ def test_two_conditions_on_one_key_and_on_two():
 def test_dates_as_text_with_and_without_zone():
     noon = datetime(2030, 1, 1, 12, tzinfo=timezone.utc)
     get = {"completed": noon}.get
-    for text in ("2030-01-01T12:00:00+00:00", "2030-01-01T12:00:00Z", "2030-01-01T13:00:00+01:00",
-                 noon.astimezone().replace(tzinfo=None).isoformat()):
+    for text in (
+        "2030-01-01T12:00:00+00:00",
+        "2030-01-01T12:00:00Z",
+        "2030-01-01T13:00:00+01:00",
+        noon.astimezone().replace(tzinfo=None).isoformat(),
+    ):
         assert compile_query({"completed": text})(get)
         assert compile_query({"completed": {"$in": [text]}})(get)
         assert not compile_query({"completed": {"$lt": text}})(get)
@@ -155,19 +187,34 @@ def test_dates_as_text_with_and_without_zone():
     assert not compile_query({"completed": {"$gt": "2030-01-01"}})({"completed": None}.get)
 
 
-@pytest.mark.parametrize("query, word", [
-    ("completed", "a query is a dict"), (None, "a query is a dict"), ([], "a query is a dict"),
-    ({"colour": 1}, "no key 'colour'"), ({3: 1}, "no key 3"), ({"label": {"$regex": "a"}}, r"unknown operator '\$regex'"),
-    ({"label": {"$in": ["a"], "b": 1}}, "mixes operators and values"), ({"label": {"$in": "abc"}}, r"\$in takes a list"),
-    ({"label": {"$nin": None}}, r"\$nin takes a list"), ({"label": {"$all": 3}}, r"\$all takes a list"),
-    ({"attempt": {"$gt": None}}, r"\$gt takes a number"), ({"attempt": {"$lte": [1]}}, r"\$lte takes a number"),
-    ({"attempt": {"$lt": True}}, r"\$lt takes a number"), ({"label": {"$glob": 3}}, r"\$glob takes a text"),
-    ({"attempt": {"$mod": 3}}, r"\$mod takes"), ({"attempt": {"$mod": [0, 1]}}, r"\$mod takes"),
-    ({"attempt": {"$mod": [1, 2, 3]}}, r"\$mod takes"), ({"attempt": {"$mod": ["2", 1]}}, r"\$mod takes"),
-    ({"label": {"$exists": 1}}, r"\$exists takes True or False"), ({"completed": "yesterday"}, "is not a date"),
-    ({"completed": {"$gt": 17}}, "compared with dates"), ({"started": {"$in": "2030-01-01"}}, r"\$in takes a list"),
-    ({"label": {"$eq": 1, "$" + "x" * 500: 1}}, "unknown operator"),
-])
+@pytest.mark.parametrize(
+    "query, word",
+    [
+        ("completed", "a query is a dict"),
+        (None, "a query is a dict"),
+        ([], "a query is a dict"),
+        ({"colour": 1}, "no key 'colour'"),
+        ({3: 1}, "no key 3"),
+        ({"label": {"$regex": "a"}}, r"unknown operator '\$regex'"),
+        ({"label": {"$in": ["a"], "b": 1}}, "mixes operators and values"),
+        ({"label": {"$in": "abc"}}, r"\$in takes a list"),
+        ({"label": {"$nin": None}}, r"\$nin takes a list"),
+        ({"label": {"$all": 3}}, r"\$all takes a list"),
+        ({"attempt": {"$gt": None}}, r"\$gt takes a number"),
+        ({"attempt": {"$lte": [1]}}, r"\$lte takes a number"),
+        ({"attempt": {"$lt": True}}, r"\$lt takes a number"),
+        ({"label": {"$glob": 3}}, r"\$glob takes a text"),
+        ({"attempt": {"$mod": 3}}, r"\$mod takes"),
+        ({"attempt": {"$mod": [0, 1]}}, r"\$mod takes"),
+        ({"attempt": {"$mod": [1, 2, 3]}}, r"\$mod takes"),
+        ({"attempt": {"$mod": ["2", 1]}}, r"\$mod takes"),
+        ({"label": {"$exists": 1}}, r"\$exists takes True or False"),
+        ({"completed": "yesterday"}, "is not a date"),
+        ({"completed": {"$gt": 17}}, "compared with dates"),
+        ({"started": {"$in": "2030-01-01"}}, r"\$in takes a list"),
+        ({"label": {"$eq": 1, "$" + "x" * 500: 1}}, "unknown operator"),
+    ],
+)
 def test_what_is_no_query_is_said_in_one_sentence(query, word, db):
     for ask in (compile_query, db.find_records, db.drop_matching_records):
         with pytest.raises(ValueError, match=word) as caught:
@@ -188,17 +235,36 @@ def test_a_record_from_submission_to_result(db):
     submit(db, [1], function=Function([b"function", memoryview(b"more")]))
     waiting = db.get_record(name(1))
     assert set(waiting) == set(KEYS) == set(FIELDS)
-    assert (waiting["status"], waiting["engine_id"], waiting["attempt"], waiting["completed"]) == ("pending", None, None, None)
-    assert (waiting["label"], waiting["op"], waiting["queue"], waiting["client_uuid"]) == ("blue", "apply", "task", ALICE.hex())
+    assert (waiting["status"], waiting["engine_id"], waiting["attempt"], waiting["completed"]) == (
+        "pending",
+        None,
+        None,
+        None,
+    )
+    assert (waiting["label"], waiting["op"], waiting["queue"], waiting["client_uuid"]) == (
+        "blue",
+        "apply",
+        "task",
+        ALICE.hex(),
+    )
     assert waiting["submitted"].timestamp() == NOW and waiting["submitted"].utcoffset() == timedelta(0)
     db._place = {(ALICE, 1): (3, "uuid3", 2)}.get
     assigned = db.get_record(name(1))
-    assert (assigned["engine_id"], assigned["engine_uuid"], assigned["attempt"], assigned["status"]) == (3, "uuid3", 2, "pending")
+    assert (assigned["engine_id"], assigned["engine_uuid"], assigned["attempt"], assigned["status"]) == (
+        3,
+        "uuid3",
+        2,
+        "pending",
+    )
     finish(db, [1], attempt=2)
     done = db.get_record(name(1))
     assert (done["status"], done["engine_id"], done["engine_uuid"], done["attempt"]) == ("ok", 3, "uuid3", 2)
     assert [done[k].timestamp() for k in ("started", "completed", "received")] == [NOW + 1, NOW + 1.5, NOW + 2]
-    assert (done["buffers"], done["result_buffers"], done["function"]) == ([b"args"], [b"value"], [b"function", b"more"])
+    assert (done["buffers"], done["result_buffers"], done["function"]) == (
+        [b"args"],
+        [b"value"],
+        [b"function", b"more"],
+    )
     assert done["header"]["msg_type"] == "apply_request" and done["metadata"]["fn"] == "ab" * 16
 
 
@@ -259,7 +325,9 @@ def test_what_engines_say_of_unknown_tasks_does_not_matter(db):
 
 def test_output_is_kept_up_to_a_limit(db):
     submit(db, [1, 2])
-    db.output(ALICE, [[1, "stdout", "a"], [1, "stderr", "e"], [9, "stdout", "z"], [1, "stdout", "b"], [1, "data", "ignored"]])
+    db.output(
+        ALICE, [[1, "stdout", "a"], [1, "stderr", "e"], [9, "stdout", "z"], [1, "stdout", "b"], [1, "data", "ignored"]]
+    )
     db.output(ALICE, [[1, "stdout", "x" * OUTPUT_MAX], [1, "stdout", "y" * 10]])
     record = db.get_record(name(1))
     assert record["stdout"].startswith("abx") and record["stderr"] == "e"
@@ -372,12 +440,16 @@ def test_sessions_are_not_kept_for_ever(db):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_books_are_balanced_whatever_happens(data):
-    db = DictDB(record_limit=data.draw(st.sampled_from([5, 300, 0])), size_limit=data.draw(st.sampled_from([20_000, 0])))
+    db = DictDB(
+        record_limit=data.draw(st.sampled_from([5, 300, 0])), size_limit=data.draw(st.sampled_from([20_000, 0]))
+    )
     state: dict[int, str] = {}
     for _ in range(data.draw(st.integers(1, 25))):
         action = data.draw(st.sampled_from(["submit", "finish", "drop", "match", "print"]))
-        numbers = data.draw(st.lists(st.integers(1, 3 * BLOCK), min_size=1, max_size=20, unique=True)
-                            | st.integers(1, 2 * BLOCK).map(lambda a: list(range(a, a + BLOCK))))
+        numbers = data.draw(
+            st.lists(st.integers(1, 3 * BLOCK), min_size=1, max_size=20, unique=True)
+            | st.integers(1, 2 * BLOCK).map(lambda a: list(range(a, a + BLOCK)))
+        )
         if action == "submit":
             submit(db, numbers)
             for n in numbers:
@@ -402,11 +474,15 @@ def test_books_are_balanced_whatever_happens(data):
                     del state[n]
         kept = {r["msg_id"]: r["status"] for r in db.find_records({}, ["status"])}
         assert all(state[int(m.split("-")[1])] == s for m, s in kept.items())
-        assert {name(n) for n, s in state.items() if s == "pending"} <= set(kept), "unfinished tasks are always on record"
+        assert {name(n) for n, s in state.items() if s == "pending"} <= set(kept), (
+            "unfinished tasks are always on record"
+        )
         state = {n: s for n, s in state.items() if name(n) in kept}
         assert db.count == sum(s == "ok" for s in kept.values()) == sum(section.left for section in db._done)
         assert not db.record_limit or db.count <= db.record_limit
-        assert all(b.live == BLOCK - b.origins.count(None) > 0 for s in db._sessions.values() for b in s.blocks.values())
+        assert all(
+            b.live == BLOCK - b.origins.count(None) > 0 for s in db._sessions.values() for b in s.blocks.values()
+        )
         assert db._extra.keys() <= {(ALICE, n) for n in state}
     for n in list(state):
         db.drop_record(name(n))
@@ -423,12 +499,38 @@ def test_purged_is_not_expired(db):
     assert db.size == 0
 
 
+@given(st.lists(st.integers(0, 40), min_size=1, unique=True), st.integers(1, 9))
+def test_slots_cover_the_numbers_in_their_order(seqs, size):
+    places = wire.slots(seqs, size)
+    assert [number * size + i for number, a, b in places for i in range(a, b)] == seqs
+    assert all(0 <= a < b <= size for _, a, b in places)
+
+
 # --- names and choices
 
 
-@pytest.mark.parametrize("text", ["", "abc", "-1", "00-1", ALICE.hex(), f"{ALICE.hex()}-", f"{ALICE.hex()}--1", f"{ALICE.hex()}-1.5",
-                                  f"{ALICE.hex()}-01", f"{ALICE.hex()} -1", f"{ALICE.hex()}-{2**64}", "x" * 16 + "-1", None, 3,
-                                  [1], b"abc", name(1).upper() + " "])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "abc",
+        "-1",
+        "00-1",
+        ALICE.hex(),
+        f"{ALICE.hex()}-",
+        f"{ALICE.hex()}--1",
+        f"{ALICE.hex()}-1.5",
+        f"{ALICE.hex()}-01",
+        f"{ALICE.hex()} -1",
+        f"{ALICE.hex()}-{2**64}",
+        "x" * 16 + "-1",
+        None,
+        3,
+        [1],
+        b"abc",
+        name(1).upper() + " ",
+    ],
+)
 @pytest.mark.parametrize("store", [DictDB(), NoDB()])
 def test_ids_that_are_none(store, text):
     for ask in (store.get_record, store.drop_record):
@@ -439,10 +541,19 @@ def test_ids_that_are_none(store, text):
 OPTIONS = {"DictDB.record_limit": 7, "DictDB.size_limit": 8, "DictDB.record_age": 9.0}
 
 
-@pytest.mark.parametrize("given, kind", [
-    ("DictDB", DictDB), ("dictdb", DictDB), ("ipyparallel.controller.dictdb.DictDB", DictDB), (f"{DictDB.__module__}.DictDB", DictDB),
-    ("IPython.parallel.controller.dictdb.DictDB", DictDB), ("NoDB", NoDB), ("nodb", NoDB),
-    ("ipyparallel.controller.dictdb.NoDB", NoDB)])
+@pytest.mark.parametrize(
+    "given, kind",
+    [
+        ("DictDB", DictDB),
+        ("dictdb", DictDB),
+        ("ipyparallel.controller.dictdb.DictDB", DictDB),
+        (f"{DictDB.__module__}.DictDB", DictDB),
+        ("IPython.parallel.controller.dictdb.DictDB", DictDB),
+        ("NoDB", NoDB),
+        ("nodb", NoDB),
+        ("ipyparallel.controller.dictdb.NoDB", NoDB),
+    ],
+)
 def test_names_of_databases(given, kind):
     store = open_db(given, OPTIONS, lambda key: None)
     assert type(store) is kind
@@ -450,8 +561,16 @@ def test_names_of_databases(given, kind):
         assert (store.record_limit, store.size_limit, store.record_age) == (7, 8, 9.0)
 
 
-@pytest.mark.parametrize("given, word", [("SQLiteDB", "has no SQLiteDB: choose DictDB"), ("ipyparallel.controller.mongodb.MongoDB", "has no MongoDB"),
-                                         ("Oracle", "only DictDB and NoDB"), ("my.own.DictDB", "only DictDB"), ("", "only DictDB")])
+@pytest.mark.parametrize(
+    "given, word",
+    [
+        ("SQLiteDB", "has no SQLiteDB: choose DictDB"),
+        ("ipyparallel.controller.mongodb.MongoDB", "has no MongoDB"),
+        ("Oracle", "only DictDB and NoDB"),
+        ("my.own.DictDB", "only DictDB"),
+        ("", "only DictDB"),
+    ],
+)
 def test_databases_that_there_are_not(given, word):
     with pytest.raises(ConfigError, match=re.escape(word)):
         open_db(given, OPTIONS, lambda key: None)
@@ -461,8 +580,12 @@ def test_no_db_says_so():
     store = NoDB()
     submit(store, [1])
     finish(store, [1])
-    for ask in (lambda: store.get_record(name(1)), lambda: store.find_records({}), store.get_history,
-                lambda: store.update_record(name(1), {})):
+    for ask in (
+        lambda: store.get_record(name(1)),
+        lambda: store.find_records({}),
+        store.get_history,
+        lambda: store.update_record(name(1), {}),
+    ):
         with pytest.raises(NoRecord, match="--dictdb"):
             ask()
     assert store.drop_matching_records({}) == 0

@@ -11,7 +11,7 @@ import pytest
 from ipclite import scheduler as module
 from ipclite.errors import ProtocolError
 from ipclite.scheduler import POLICIES, Scheduler
-from ipclite.tasks import (UNKNOWN, Abort, Accept, EngineDown, EngineUp, Fail, Finished, Needs, Recall, Returned, Run,
+from ipclite.tasks import (UNKNOWN, Abort, Accept, EngineDown, EngineUp, Fail, Finished, HostDown, Needs, Recall, Returned, Run,
                            Spec, State, Submit, Task, Tick)
 from ipclite.wire import ERROR, OK, UNMET, msg_id
 
@@ -952,3 +952,20 @@ def test_numbers_of_attempts_start_again_before_they_outgrow_their_two_bytes():
     assert task.attempt == 1
     bench.finish(0)
     assert not bench.scheduler.tasks
+
+
+def test_a_lost_host_takes_no_task_down_with_it():
+    bench = Bench(3, hwm=2)
+    bench.submit(6)
+    effects = bench.do(HostDown([EngineDown(0, "host gone", UNKNOWN, False), EngineDown(1, "host gone", UNKNOWN, False)]))
+    assert not fails(effects) and set(runs(effects)) <= {2}
+    assert not fails(bench.do(HostDown([EngineDown(2, "host gone", UNKNOWN, False)])))
+    bench.do(EngineUp(3))
+    assert bench.scheduler.engines[3].outstanding
+
+
+def test_tasks_pinned_to_a_lost_host_fail_once():
+    bench = Bench(2)
+    bench.submit(1, targets=(0, 1))
+    effects = bench.do(HostDown([EngineDown(i, "host gone", UNKNOWN, False) for i in (0, 1)]))
+    assert list(fails(effects).values()) == ["EngineError"]
