@@ -248,7 +248,7 @@ class Client:
             while True:
                 with self._condition:
                     if len(self._engines) >= n:
-                        return
+                        return None
                     self._condition.wait(0.1)
                 if self._connection.lost:
                     raise self._connection.lost
@@ -415,7 +415,8 @@ class Client:
         """
         deadline = None if timeout is None or timeout < 0 else time.monotonic() + timeout
         futures = self._futures(jobs)
-        return all([ar.wait(None if deadline is None else max(0.0, deadline - time.monotonic())) for ar in futures])
+        ended = [ar.wait(None if deadline is None else max(0.0, deadline - time.monotonic())) for ar in futures]
+        return all(ended)
 
     def _futures(self, jobs: Any) -> list[AsyncResult]:
         if jobs is None:

@@ -615,7 +615,7 @@ class Cluster:
         self._noted = False
 
     def _still_noted(self) -> bool:
-        """Does the cluster file speak of this run? Who stopped the cluster has removed it; a new run may have its own."""
+        """Does the cluster file speak of this run? Who stopped it removed it; a new run may have its own."""
         try:
             return bool(config.read_json(self.cluster_file or "")["cluster"]["started"] == self.started)
         except (ConnectionFileError, KeyError, TypeError):

@@ -53,27 +53,32 @@ if hasattr(os, "register_at_fork"):
 
 
 class HeldBack:
-    """Context manager for the main thread: SIGINT takes effect at the end of the block, not within it."""
+    """Context manager for the main thread: SIGINT takes effect at the end of the block, and within it only while `open`."""
 
-    __slots__ = ("_before", "_came")
+    __slots__ = ("_before", "came", "open")
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "HeldBack":
         self._before: Any = None
-        self._came: Optional[tuple[Any, Any]] = None
+        self.came: Optional[tuple[Any, Any]] = None
+        self.open = False
         if threading.current_thread() is threading.main_thread():
             before = getsignal(SIGINT)
             if callable(before):
                 signal(SIGINT, self._note)
                 self._before = before
+        return self
 
     def _note(self, signum: int, frame: Any) -> None:
-        self._came = (signum, frame)
+        if self.open:
+            self._before(signum, frame)
+        else:
+            self.came = (signum, frame)
 
     def __exit__(self, *exc: Any) -> None:
         if self._before is not None:
             signal(SIGINT, self._before)
-            if self._came is not None:
-                self._before(*self._came)
+            if self.came is not None:
+                self._before(*self.came)
 
 
 class Connection:
@@ -172,13 +177,14 @@ class Connection:
                 self._outbox.append((spec, (first, 1, payload)))
                 self._pending[first] = (ar, 0)
             else:
-                total = sum([count for _, _, count in tasks])
-                ar._sent_as(first, total)
+                entries, at = [], first
                 for spec, payload, count in tasks:
-                    self._outbox.append((spec, (self._next, count, payload)))
-                    self._next += count
-                for i in range(total):
-                    self._pending[first + i] = (ar, i)
+                    entries.append((spec, (at, count, payload)))
+                    at += count
+                ar._sent_as(first, at - first)
+                self._next = at  # in this order, an interrupt leaves at worst tasks whose results nobody awaits
+                self._outbox += entries
+                self._pending.update([(first + i, (ar, i)) for i in range(at - first)])
         if wake and not self._awake:
             self._wake()
         return ar
@@ -290,13 +296,18 @@ class Connection:
             Whether it is true.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        leads_already = self._leader == threading.get_ident()  # a callback that waits
-        if self._poll is None or not (leads_already or self._lead.acquire(blocking=False)):
-            if self._pid != os.getpid():
-                raise ControllerLost(FORKED)
-            self.flush()
-            with waiter._condition:
-                return bool(waiter._condition.wait_for(done, timeout))
+        with HeldBack() as held:  # a leader that was interrupted before it resigns would lead for ever
+            leads_already = self._leader == threading.get_ident()  # a callback that waits
+            if self._poll is not None and (leads_already or self._lead.acquire(blocking=False)):
+                return self._lead_until(done, deadline, leads_already, held)
+        if self._pid != os.getpid():
+            raise ControllerLost(FORKED)
+        self.flush()
+        with waiter._condition:
+            return bool(waiter._condition.wait_for(done, timeout))
+
+    def _lead_until(self, done: Callable[[], Any], deadline: Optional[float], leads_already: bool, held: HeldBack) -> bool:
+        """`wait`, for the one who leads."""
         if not leads_already:
             self._leader = threading.get_ident()
             self._led += 1
@@ -304,15 +315,19 @@ class Connection:
         try:
             looks = False
             while True:
-                with HeldBack():
-                    self._turn(looks)
+                self._turn(looks)
                 if done():
                     break
                 left = TICK_S if deadline is None else min(TICK_S, deadline - time.monotonic())
                 if left < 0:
                     break
+                held.open = True  # before the look, so that no SIGINT falls between it and the open state
+                if held.came is not None:
+                    break
                 looks = self._listen(left)
+                held.open = False
         finally:
+            held.open = False
             if not leads_already:
                 self._leader = 0
                 self._lead.release()

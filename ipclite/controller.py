@@ -227,8 +227,8 @@ class Controller:
             return None
         here = info["host"] == socket.gethostname()
         if not config.dead_run(info) if here else net.takes_connections(info):
-            raise AlreadyRunning(f"a controller (pid {info['pid']} on {info['host']}) already serves {path}; stop it, or give this one another "
-                                 "--cluster-id")
+            raise AlreadyRunning(f"a controller (pid {info['pid']} on {info['host']}) already serves {path}; stop it, or give this one "
+                                 "another --cluster-id")
         return info
 
     def close(self) -> None:

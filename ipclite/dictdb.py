@@ -6,9 +6,9 @@
 
 What the controller tells goes into slots of lists, a slice at a time, and points to the batch or section that it came
 with; nothing is decoded before somebody asks. Rules that hold here: unfinished tasks are always on record; finished
-ones are dropped with the section that brought their result, oldest first, when there are more than `record_limit`, when they
-hold more than `size_limit` bytes or when they are older than `record_age` seconds; asking for one that was dropped says
-so.
+ones are dropped with the section that brought their result, oldest first, when there are more than `record_limit`,
+when they hold more than `size_limit` bytes or when they are older than `record_age` seconds; asking for one that was
+dropped says so.
 """
 
 from __future__ import annotations

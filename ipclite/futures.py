@@ -137,7 +137,7 @@ class TaskFuture(Future):  # type: ignore[type-arg]
             selection._arrive(k, outcome)
 
     def _finish(self) -> None:
-        failed = any([o[1].status for o in self._outcomes]) or self._has_failures()
+        failed = any(o[1].status for o in self._outcomes) or self._has_failures()
         if not failed and self._made is None:
             with self._making:
                 if self._made is None and self._state is PENDING:

@@ -224,11 +224,12 @@ class _Run:
             self.engines = max(1, self.view._reach())  # more may have come
             payload = _packed(chunk, items)
             if payload is None:
-                return self.land(chunk, 0.0)
+                self.land(chunk, 0.0)
+                return
             spec = self.view._chunk_spec(self.connection.function(*self.function))
             self.connection.submit(chunk, [(spec, payload, 1)])
         except Exception as e:  # the connection or the engines are gone
-            chunk.failed = {i: e for i in range(chunk.size)}
+            chunk.failed = dict.fromkeys(range(chunk.size), e)
             self.land(chunk, 0.0)
 
     # --- results come in

@@ -23,7 +23,7 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 
 from . import pack, wire
 from .display import ExecuteReply, Streamer, progress, show_outputs, table
-from .futures import NotInTime, Outcome, Source, TaskFuture, _combine
+from .futures import NotInTime, Outcome, TaskFuture, _combine
 
 
 class Metadata(dict):  # type: ignore[type-arg]
@@ -514,7 +514,7 @@ class AsyncMapResult(AsyncResult):
         for k in range(self._count):
             if len(self._arrived) <= k:
                 self._watched = True
-                self._client._connection.wait(lambda: len(self._arrived) > k or self.cancelled(), self)
+                self._client._connection.wait(lambda k=k: len(self._arrived) > k or self.cancelled(), self)
             if self.cancelled():
                 raise CancelledError
             yield self._arrived[k]

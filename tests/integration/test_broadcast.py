@@ -95,9 +95,9 @@ def test_failures_of_some(eight, coalescing):
     eight[:].scatter("id", eight.ids, flatten=True, block=True)
     view = eight.broadcast_view(is_coalescing=coalescing)
     with pytest.raises(ipp.CompositeError) as caught:
-        view.apply_sync(ipp.interactive(lambda: 1 / (id % 4)))  # noqa: F821
+        view.apply_sync(ipp.interactive(lambda: 1 / (id % 4)))
     assert len(caught.value.elist) == 2
-    values = view.apply_async(ipp.interactive(lambda: 1 / (id % 4))).get(30, return_exceptions=True)  # noqa: F821
+    values = view.apply_async(ipp.interactive(lambda: 1 / (id % 4))).get(30, return_exceptions=True)
     assert [isinstance(v, ZeroDivisionError) for v in values] == [True, False, False, False] * 2
 
 
