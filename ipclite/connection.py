@@ -21,6 +21,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from queue import Empty, SimpleQueue
 from typing import Any, Callable, Iterable, Optional, Sequence
 
 from _signal import SIGINT, getsignal, signal  # what the signal module wraps in enums, which cost microseconds
@@ -116,7 +117,7 @@ class Connection:
         self._lead = threading.Lock()
         self._leader = 0  # thread that holds it
         self._led = 0  # how often it was taken by other than the io thread
-        self._nap = threading.Event()
+        self._nap: SimpleQueue[None] = SimpleQueue()  # an interrupted Event may stay locked for ever
         self._napping = False
         self._wake_r, self._wake_w = socket.socketpair()
         self._wake_r.setblocking(False)
@@ -242,7 +243,7 @@ class Connection:
     def _wake(self) -> None:
         self._awake = True
         if self._napping:
-            self._nap.set()
+            self._nap.put(None)
         try:
             self._wake_w.send(b"!")
         except OSError:
@@ -332,7 +333,7 @@ class Connection:
                 self._leader = 0
                 self._lead.release()
                 if time.monotonic() - began > NAP_S:
-                    self._nap.set()
+                    self._nap.put(None)
         return bool(done())
 
     def _make_poll(self) -> Any:
@@ -371,9 +372,12 @@ class Connection:
                 nap_s = NAP_S if self._led != led else min(2 * nap_s, LONG_NAP_S)
                 led = self._led
                 self._napping = True
-                self._nap.wait(nap_s)
-                self._napping = False
-                self._nap.clear()
+                try:
+                    self._nap.get(timeout=nap_s)
+                    while True:
+                        self._nap.get_nowait()
+                except Empty:
+                    self._napping = False
                 if self._closed:
                     return
             self._leader = threading.get_ident()
@@ -522,7 +526,7 @@ class Connection:
                 net.send(self._link.sock, [wire.BYE])
             self._closed = True
         self.lose(ControllerLost("this Client was closed"))
-        self._nap.set()
+        self._nap.put(None)
         self._wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()

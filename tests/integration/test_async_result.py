@@ -475,10 +475,12 @@ caught = n = 0
 print('ready', flush=True)
 while caught < int(sys.argv[2]):
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         while True:
             assert calls[n % len(calls)](n % 97), n
             n += 1
     except KeyboardInterrupt:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         caught += 1
         print(caught, flush=True)
 signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -6,7 +6,8 @@ import pytest
 
 from ipclite import pack, wire
 from ipclite.errors import CompositeError, ControllerLost, EngineError
-from ipclite.results import AsyncResult, Source
+from ipclite.futures import Source
+from ipclite.results import AsyncResult
 
 
 def ended(*payloads: bytes, status: int = wire.ERROR) -> AsyncResult:
