@@ -90,7 +90,8 @@ class Client:
             raise
         self.cluster_id: str = welcome["cluster_id"]
         self._on_engines({"joined": welcome.get("engines", ())})
-        self._path = _import_path()
+        self._sys_path: tuple[str, ...] = ()
+        self._folders: tuple[str, ...] = ()
         on_message, on_lost = weakref.WeakMethod(self._on_message), weakref.WeakMethod(self._on_lost)
         self._connection = Connection(context, link, welcome, self.session, lambda frames: _call(on_message, frames),
                                       lambda: _call(on_lost))
@@ -269,6 +270,12 @@ class Client:
         return self._uuids.get(engine_id)
 
     # --- messages
+
+    def _path(self) -> tuple[str, ...]:
+        """The folders that engines may import from what runs here; a later `sys.path.insert` counts, too."""
+        if self._sys_path != tuple(sys.path):
+            self._sys_path, self._folders = tuple(sys.path), tuple(_import_path())
+        return self._folders
 
     def _function(self, f: Any) -> str:
         """The name that the controller knows a function by; it is sent if need be."""

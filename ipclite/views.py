@@ -94,7 +94,7 @@ class View:
             more["label"] = self.label
         if "after" in more or "follow" in more:  # most often different each time
             return self._encode(op, fn, targets, more)
-        key = (op, fn, None if targets is None else tuple(targets), *more.items())
+        key = (op, fn, None if targets is None else tuple(targets), self.client._path(), *more.items())
         spec = self._specs.get(key)
         if spec is None:
             if len(self._specs) > 1000:
@@ -103,7 +103,7 @@ class View:
         return spec
 
     def _encode(self, op: str, fn: Optional[str], targets: Optional[Sequence[int]], more: dict[str, Any]) -> bytes:
-        body = {"op": op, "fn": fn, "targets": targets, "path": self.client._path, **more}
+        body = {"op": op, "fn": fn, "targets": targets, "path": self.client._path(), **more}
         return json.dumps(body, separators=(",", ":")).encode()
 
     def _answer(self, ar: AsyncResult, block: Optional[bool]) -> Any:

@@ -319,3 +319,11 @@ def test_names_of_engines_are_their_own(tmp_path):
 each.scatter("rank", [0, 1], flatten=True, block=True)
 print(each.apply_sync(lambda: rank * 10), view.apply_sync(lambda: __name__))
 ''') == "[0, 10] __main__\n"
+
+
+def test_a_folder_that_is_added_to_the_path_later_counts(rc, tmp_path, monkeypatch):
+    (tmp_path / "come_lately.py").write_text("def answer():\n    return 42\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import come_lately
+
+    assert rc[0].apply_sync(come_lately.answer) == 42
