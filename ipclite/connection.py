@@ -54,7 +54,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class HeldBack:
-    """Context manager for the main thread: SIGINT takes effect at the end of the block, and within it only while `open`."""
+    """Context manager for the main thread: SIGINT takes effect at the end of the block, or within it while `open`."""
 
     __slots__ = ("_before", "came", "open")
 
@@ -129,7 +129,7 @@ class Connection:
         _connections.add(self)
 
     def _forked(self) -> None:
-        """This is the child of a fork: the connection is the parent's, and its locks may be held by threads that are not here."""
+        """This is the child of a fork: the connection is the parent's, and threads that are not here may hold its locks."""
         self.lost = ControllerLost(FORKED)
         self._mutex, self._sock_lock, self._lead = threading.Lock(), threading.Lock(), threading.Lock()
         self._poll, self._outbox, self._awake = None, [], True
@@ -307,7 +307,8 @@ class Connection:
         with waiter._condition:
             return bool(waiter._condition.wait_for(done, timeout))
 
-    def _lead_until(self, done: Callable[[], Any], deadline: Optional[float], leads_already: bool, held: HeldBack) -> bool:
+    def _lead_until(self, done: Callable[[], Any], deadline: Optional[float], leads_already: bool,
+                    held: HeldBack) -> bool:
         """`wait`, for the one who leads."""
         if not leads_already:
             self._leader = threading.get_ident()

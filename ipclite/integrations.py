@@ -27,8 +27,8 @@ def _need(module: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise ImportError(f"{what} needs the package {module.partition('.')[0]}, which can't be imported ({e}); install "
-                          "it where the client runs and where the engines run") from None
+        raise ImportError(f"{what} needs the package {module.partition('.')[0]}, which can't be imported ({e}); "
+                          "install it where the client runs and where the engines run") from None
 
 
 # ---------------------------------------------------------------- joblib

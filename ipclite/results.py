@@ -378,8 +378,8 @@ class AsyncResult(TaskFuture):
     @property
     def metadata(self) -> Any:
         """A dict per task (a list of them unless the result is single): msg_id, submitted, started, completed, received
-        (datetimes with time zone), engine_id, engine_uuid, status, attempt, error, stdout, stderr, label, data (what the
-        task published), execute_input and execute_result (of `execute`). Its keys are attributes, too."""
+        (datetimes with time zone), engine_id, engine_uuid, status, attempt, error, stdout, stderr, label, data (what
+        the task published), execute_input and execute_result (of `execute`). Its keys are attributes, too."""
         all_ = [self._metadata_of(i) for i in range(self._count)]
         return all_[0] if self._single else all_
 

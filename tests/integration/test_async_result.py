@@ -407,6 +407,7 @@ def test_a_timeout_or_cancellation_of_asyncio_cancels(rc, tmp_path):
         with pytest.raises(asyncio.CancelledError):
             await waiting
         assert late.cancelled() and given_up.cancelled()
+        eventually(lambda: len(rc.outstanding) == 1, what="they are taken back")
         (tmp_path / "flag").touch()
         await running
         await rc[0].apply_async(abs, 1)
@@ -518,7 +519,10 @@ def test_ctrl_c_takes_the_call_back(rc, tmp_path):
                      "except KeyboardInterrupt:\n    print('interrupted', rc[1].apply_sync(abs, -1), flush=True)\n"
                      "rc[1].apply_sync(abs, 1)", tmp_path / "flag", tmp_path / "ran")
     assert process.stdout.readline() == "ready\n"
-    eventually(lambda: rc.queue_status()[0]["queue"] + rc.queue_status()[0]["tasks"] >= 2, what="both submitted")
+    def waiting():
+        return rc.queue_status()[0]["queue"] + rc.queue_status()[0]["tasks"]
+
+    eventually(lambda: waiting() >= 2, what="both submitted")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "interrupted 1\n", "")
@@ -529,7 +533,7 @@ def test_ctrl_c_takes_the_call_back(rc, tmp_path):
 # --- forks, and the end
 
 FORKED = """
-import sys, os, ipclite, multiprocessing
+import sys, os, ipclite, multiprocessing, tasks
 rc = ipclite.Client(sys.argv[1])
 view = rc.load_balanced_view()
 done, pending = view.apply_async(abs, -1), None
@@ -548,7 +552,7 @@ def child():
     rc.close()
     with ipclite.Client(sys.argv[1]) as own:
         assert own.load_balanced_view().apply_sync(abs, -7) == 7
-pending = view.apply_async(pow, 2, 5)
+pending = rc[0].apply_async(tasks.hold, sys.argv[3], 32)
 if sys.argv[2] == 'fork':
     pid = os.fork()
     if not pid:
@@ -565,14 +569,15 @@ else:
     process = multiprocessing.get_context('fork').Process(target=child)
     process.start(); process.join(60); status = process.exitcode
 assert status == 0, status
+open(sys.argv[3], 'w').close()
 assert pending.get(30) == 32 and view.apply_sync(abs, -3) == 3
 print('end')
 """
 
 
 @pytest.mark.parametrize("how", ["fork", "multiprocessing"])
-def test_a_fork_can_not_use_the_client_and_does_it_no_harm(rc, how):
-    process = script(rc, FORKED, how)
+def test_a_fork_can_not_use_the_client_and_does_it_no_harm(rc, tmp_path, how):
+    process = script(rc, FORKED, how, tmp_path / "flag")
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (0, "end\n"), err
     assert [line for line in err.splitlines() if "DeprecationWarning" not in line and "os.fork" not in line
@@ -614,7 +619,8 @@ def test_after_close(rc):
 @pytest.mark.parametrize("last", ["", "del rc", "import gc; gc.disable(); del view, rc", "sys.exit(0)",
                                   "rc.cycle = rc; del rc"])
 def test_the_end_of_the_interpreter_without_close(rc, tmp_path, last):
-    process = script(rc, "import sys, ipclite, tasks\nrc = ipclite.Client(sys.argv[1])\nview = rc.load_balanced_view()\n"
+    process = script(rc, "import sys, ipclite, tasks\n"
+                     "rc = ipclite.Client(sys.argv[1])\nview = rc.load_balanced_view()\n"
                      "ars = [view.apply_async(tasks.hold, sys.argv[2]) for _ in range(5)]\n"
                      "ars.append(view.map_async(abs, range(100)))\n"
                      f"for ar in ars: ar.add_done_callback(lambda f: None)\n{last}\n", tmp_path / "flag")

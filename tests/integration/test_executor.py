@@ -305,6 +305,7 @@ def test_cancelling_what_is_queued(rc, tmp_path):
         for wrong in (queued.result, queued.exception):
             with pytest.raises(cf.CancelledError):
                 wrong(timeout=30)
+        eventually(lambda: len(rc.outstanding) == 1, what="it is taken back")
         (tmp_path / "flag").touch()
         running.result(30)
         executor.submit(abs, 1).result(30)
