@@ -16,6 +16,13 @@ systems end in time; rates are per task all the same) and these methods:
     results(n, size)        n results of `size` bytes
     send(array)             an array to every engine
 
+and, where the system offers it:
+
+    executor(n)             n no-ops through the interface of `concurrent.futures`
+    imap(n)                 a lazy map of a no-op over n items
+    chain(n)                n no-ops, each after the one before
+    everywhere(n)           n calls of a no-op on each of 8 engines
+
 The no-op is `abs` and a result of size bytes is `bytes(size)`: built-in functions, which every system can name.
 """
 
@@ -68,6 +75,30 @@ class IPP:
 
     def send(self, array: Any) -> None:
         self.client[:].push({"array": array}, block=True)
+
+    def executor(self, n: int) -> list[Any]:
+        submit = self.view.executor.submit
+        return [future.result() for future in [submit(abs, i) for i in range(n)]]
+
+    def imap(self, n: int) -> list[Any]:
+        return list(self.view.imap(abs, range(n)))
+
+    def chain(self, n: int) -> list[Any]:
+        results: list[Any] = []
+        for i in range(n):
+            with self.view.temp_flags(after=results[-1:]):
+                results.append(self.view.apply_async(abs, i))
+        return [result.get() for result in results]
+
+    def everywhere(self, n: int) -> list[Any]:
+        cluster = importlib.import_module(self.module).Cluster(n=8)
+        with cluster as client:
+            everyone = client[:]
+            everyone.apply_sync(abs, 0)
+            start = time.perf_counter()
+            values = [result.get() for result in [everyone.apply_async(abs, i) for i in range(n)]]
+            self.everywhere_s = time.perf_counter() - start
+        return [value[0] for value in values]
 
 
 class Executor:
@@ -230,6 +261,12 @@ def _rate(run: Callable[[int], list[Any]], n: int) -> float:
     return n / seconds
 
 
+def _everywhere(system: Any, n: int) -> float:
+    if system.everywhere(n) != list(range(n)):
+        raise RuntimeError("wrong results")
+    return 8 * n / float(system.everywhere_s)
+
+
 def _send(system: Any, size: int) -> float:
     try:
         import numpy
@@ -248,7 +285,12 @@ ROWS: dict[str, Callable[[Any, int], float]] = {
     "map": lambda system, n: _rate(system.map, min(n, system.most)),
     "results": lambda system, n: n / _timed(system.results, n, MIB),
     "send": lambda system, size: _send(system, size) * 1e3,
+    "executor": lambda system, n: _rate(system.executor, min(n, system.most)),
+    "imap": lambda system, n: _rate(system.imap, min(n, system.most)),
+    "chain": lambda system, n: _rate(system.chain, min(n, system.most)),
+    "everywhere": lambda system, n: _everywhere(system, min(n, system.most)),
 }
+OPTIONAL = ("executor", "imap", "chain", "everywhere")
 
 
 def _import(system: Any) -> dict[str, float]:
@@ -270,7 +312,8 @@ def main(name: str, mode: str, sizes: str = "{}") -> None:
     try:
         if mode == "rows":
             system.submit(100)  # connections, caches and lazily started workers are part of the first result
-            print(json.dumps({row: ROWS[row](system, n) for row, n in json.loads(sizes).items()}), flush=True)
+            offered = {row: n for row, n in json.loads(sizes).items() if row not in OPTIONAL or hasattr(system, row)}
+            print(json.dumps({row: ROWS[row](system, n) for row, n in offered.items()}), flush=True)
         else:
             system.each(os.getpid)
             print("ready", flush=True)

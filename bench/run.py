@@ -34,7 +34,8 @@ TURN_S = 180  # a system that takes longer for one turn has failed
 IDLE_S = 5  # over which the CPU of an idle cluster is measured
 PR_SET_CHILD_SUBREAPER = 36
 
-SIZES = {"call": 200, "submit": 10_000, "map": 100_000, "results": 200, "send": 64 * MIB}
+SIZES = {"call": 200, "submit": 10_000, "map": 100_000, "results": 200, "send": 64 * MIB,
+         "executor": 10_000, "imap": 20_000, "chain": 1000, "everywhere": 1000}
 
 
 class Row(NamedTuple):
@@ -51,6 +52,10 @@ ROWS = [
     Row("map", "map of no-ops [items/s] (1)", 0),
     Row("results", "200 results of 1 MiB [MiB/s]", 0),
     Row("send", "64 MiB to each of 2 engines [ms]", 0),
+    Row("executor", "no-ops submitted to an Executor [tasks/s]", 0),
+    Row("imap", "imap of no-ops [items/s]", 0),
+    Row("chain", "chain of dependent no-ops [tasks/s]", 0),
+    Row("everywhere", "no-ops to each of 8 engines [tasks/s]", 0),
     Row("first", "process start to first result of 4 [ms]", 0),
     Row("pss", "idle cluster of 4: memory (PSS) [MB]", 1),
     Row("processes", "  processes (2)", 0),

@@ -526,6 +526,7 @@ def test_ctrl_c_takes_the_call_back(rc, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "interrupted 1\n", "")
+    eventually(lambda: waiting() == 1, what="it is taken back")
     (tmp_path / "flag").touch()
     assert rc[0].apply_sync(abs, -1) == 1 and not (tmp_path / "ran").exists()
 
