@@ -39,6 +39,7 @@ from .workspace import Job, Workspace
 FLUSH_S = 0.002  # a result waits at most this long for others to travel with ...
 COURIER_S = 0.005  # ... or this long if the task after it is a slow one
 LOOK_S = 0.05  # between two looks for tasks that are to be given back and have not arrived
+WANTED_S = 10.0  # how long a task that is to be given back may be on its way to us, or have ended unnoticed
 OUTPUT_MAX = 1 << 20  # characters of output kept before the printing task must send them itself
 REJOIN_S = 60.0  # how long to try to reach the controller again
 
@@ -111,7 +112,7 @@ class Engine:
         self._output: list[tuple[bytes, int, str, str]] = []
         self._output_size = 0
         self._returned: list[tuple[bytes, int, int]] = []
-        self._wanted: set[tuple[bytes, int]] = set()  # tasks to give back that are not here (yet)
+        self._wanted: dict[tuple[bytes, int], float] = {}  # tasks to give back that are not here (yet), since when
         self._current: tuple[bytes, int] = (b"", 0)
         self._pid = os.getpid()
         self._in_user_code = False
@@ -228,7 +229,6 @@ class Engine:
                 self._rejoin()
             self._flush()
             CELL.pack_into(self._cell, 0, b"", 0, 0.0)
-            self._wanted.clear()  # by engines that are as idle as we are now
             self._current = (b"", 0)
             self._watch.used.add(self._link.sock)
             ready = self._watch.wait(None)
@@ -364,7 +364,8 @@ class Engine:
 
     def _on_order(self, order: dict[str, Any]) -> None:
         if order["op"] == "recall":
-            self._wanted.update((bytes.fromhex(session), seq) for session, seq in order["tasks"])
+            now = time.monotonic()
+            self._wanted.update(((bytes.fromhex(session), seq), now) for session, seq in order["tasks"])
         elif order["op"] == "rejoin":
             self._must_rejoin = self._joined < order["since"]
 
@@ -380,7 +381,9 @@ class Engine:
             taken = [t for t in self._queue if (t[0].session, t[1]) in self._wanted]
             if taken:
                 self._queue = deque(t for t in self._queue if (t[0].session, t[1]) not in self._wanted)
-        self._wanted.difference_update([(job.session, seq) for job, seq, _, _ in taken])
+        found = {(job.session, seq) for job, seq, _, _ in taken}
+        patience = time.monotonic() - WANTED_S
+        self._wanted = {key: since for key, since in self._wanted.items() if key not in found and since > patience}
         self._returned += [(job.session, seq, attempt) for job, seq, attempt, _ in taken]
 
     def _emit(self, name: str, text: str) -> None:

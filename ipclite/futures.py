@@ -347,8 +347,8 @@ class TaskFuture(Future):  # type: ignore[type-arg]
             Whether it was given up: always, unless it was there already.
         """
         if not self.done():
+            self._give_up()  # first, as the answer to the abort may come at once
             self.abort(interrupt)
-            self._give_up()
             self._client._connection._wake()  # another thread may lead, and wait for this
         return self.cancelled()
 

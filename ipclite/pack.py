@@ -965,7 +965,8 @@ def _pickle_exception(exc: BaseException, text: str) -> bytes:
     carry things that can't be pickled. They are rebuilt without `__init__`, if need be without what they carry.
     """
     bare = functools.partial(_Proxy, exc)
-    for candidate in (exc, bare((_shared.exception, (type(exc), exc.args, vars(exc)))),
+    for candidate in (exc, bare((type(exc), exc.args, vars(exc) or None)),  # tblib and others change how exceptions are pickled
+                      bare((_shared.exception, (type(exc), exc.args, vars(exc)))),
                       bare((_shared.exception, (type(exc), (text,), {})))):
         try:
             pickled = pack_whole(candidate)

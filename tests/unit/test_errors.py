@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copyreg
 import functools
 import json
 import pickle
@@ -302,3 +303,15 @@ class TestCompositeError:
     def test_can_be_pickled(self) -> None:
         for copy in (pickle.loads(pickle.dumps(self.make(3))), pack.unpack(pack.pack(self.make(3)))):
             assert str(copy) == str(self.make(3)) and len(copy.elist) == 3
+
+
+def test_the_type_is_kept_when_another_package_changes_how_exceptions_are_pickled():
+    support = pytest.importorskip("tblib.pickling_support")
+    before = dict(copyreg.dispatch_table)
+    support.install(UnicodeDecodeError)
+    try:
+        error = pack.unpack_error(pack.pack_error(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), {}))
+    finally:
+        copyreg.dispatch_table.clear()
+        copyreg.dispatch_table.update(before)
+    assert isinstance(error, UnicodeDecodeError) and error.reason == "invalid start byte"
