@@ -361,6 +361,7 @@ class Engine:
                 self._io.release()
         else:
             self._ring(self._wake_w)
+            self._arm_courier()  # to look again: the main thread may have been on its way from the wait to user code
 
     def _on_order(self, order: dict[str, Any]) -> None:
         if order["op"] == "recall":
