@@ -103,8 +103,8 @@ def test_a_task_that_runs_too_long_fails_alone(start, tmp_path, holds_the_gil):
 
 def test_a_signal_goes_by_number_or_name(start, tmp_path):
     rc = start(1)
-    for sig in (signal.SIGINT, "SIGINT", "int", 2):
-        report = tmp_path / str(sig)
+    for i, sig in enumerate((signal.SIGINT, "SIGINT", "int", 2)):
+        report = tmp_path / str(i)
         ar = rc[0].apply_async(tasks.report_and_hold, report, tmp_path / "never")
         started(report)
         rc.send_signal(sig)
