@@ -259,6 +259,7 @@ def test_cancel(rc, tmp_path):
     called = threading.Event()
     behind.add_done_callback(lambda f: called.set())
     assert called.is_set()
+    eventually(lambda: len(rc.outstanding) == 1, what="it is taken back")
     flag.touch()
     running.get(30)
     assert view.apply_sync(abs, -1) == 1
