@@ -340,12 +340,14 @@ class Cluster:
     def _controller_flags(self) -> List[str]:
         flags = [f"--ip={self.controller_ip}"] if self.controller_ip else []
         flags += [f"--location={self.controller_location}"] if self.controller_location else []
-        local = all(kind.name == "local" for kind in (self.engine_launcher_class, self.controller_launcher_class))
+        local = not (self.engine_launcher_class.remote or self.controller_launcher_class.remote)
         asked = [key for layer in config.load("controller", self.profile_dir).layers for key in layer] + [
             arg.partition("=")[0] for arg in self.controller_args + flags]
         network = ("ip", "location", "ports", "transport")
         if local and not any(key.lstrip("-").rpartition(".")[2] in network for key in asked):
             flags.append("--transport=ipc")  # nobody needs a TCP port
+        if not local and not any(key.lstrip("-").rpartition(".")[2] == "ip" for key in asked):
+            flags.append("--ip=*")
         return flags + self.controller_args
 
     def _clear_the_way(self) -> None:

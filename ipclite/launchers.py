@@ -139,6 +139,7 @@ class BaseLauncher:
 
     role = ""
     name = ""
+    remote = False  # may what it starts be on other hosts? Then the controller listens where these can reach it
 
     def __init__(self, *, profile_dir: config.PathLike, cluster_id: str = "", options: Optional[Dict[str, Any]] = None,
                  args: Optional[List[str]] = None, owned: bool = True):
