@@ -1,4 +1,4 @@
-# make demo | test | check | bench | bench-peers | clean
+# make demo | test | check | bench | bench-batch | bench-peers | clean
 #
 # Everything is installed into .venv (peers of the bench into .venv-peers); the stamp files in there make
 # the second run quick. The install is editable, so that a changed source file needs no new one.
@@ -9,7 +9,7 @@ PEERS := .venv-peers
 PY := $(VENV)/bin/python
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check bench bench-peers clean
+.PHONY: demo test check bench bench-batch bench-peers clean
 .SILENT:
 
 demo: $(VENV)/.installed
@@ -26,6 +26,9 @@ check: $(VENV)/.test $(VENV)/.dev
 
 bench: $(VENV)/.test
 	$(PY) -m bench.run --quick $(BENCH_ARGS)
+
+bench-batch: $(VENV)/.test
+	$(PY) -m bench.batch $(BENCH_ARGS)
 
 bench-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m bench.run --quick --peers $(BENCH_ARGS)

@@ -3,6 +3,7 @@
     python -m bench.peers <system> import              what importing it, and its entry point, takes
     python -m bench.peers <system> first               a line as soon as each of 4 engines has given a result
     python -m bench.peers <system> idle                the same, then stays until stdin ends
+    python -m bench.peers <system> many                a line as soon as each of 64 engines has
     python -m bench.peers <system> rows '{"call": 200, ...}'     the timed rows, as JSON
 
 An adapter has `module` and `entry` (what a user imports), `most` (a bound on the number of tasks, so that slow
@@ -32,11 +33,14 @@ import importlib
 import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from typing import Any, Callable
 
 MAP_CHUNK = 1000  # for the executors, whose map needs tuning to be fast
+MODES = ("import", "first", "rows", "idle")  # of a system that does not say others
 
 
 class IPP:
@@ -44,8 +48,9 @@ class IPP:
 
     entry = "Client"
 
-    def __init__(self, module: str, most: int):
+    def __init__(self, module: str, most: int, modes: tuple[str, ...] = ()):
         self.module, self.most = module, most
+        self.modes = modes or MODES
 
     def start(self, n: int) -> None:
         ipp = importlib.import_module(self.module)
@@ -134,6 +139,35 @@ class Executor:
     def send(self, array: Any) -> None:
         for future in [self.pool.submit(len, array) for _ in range(self.n)]:
             future.result()
+
+
+class Interpreters:
+    """As many Python interpreters, started one by one: each imports what an engine needs, and says hello."""
+
+    module, entry, most = "zmq", "Context", 0
+    modes = ("many",)
+    hello = "import sys, cloudpickle, zmq; s = zmq.Context().socket(zmq.DEALER); s.connect(sys.argv[1]); s.send(b''); s.recv()"
+
+    def start(self, n: int) -> None:
+        import zmq
+
+        self.folder = tempfile.TemporaryDirectory(prefix="bench-")
+        self.context, address = zmq.Context(), f"ipc://{self.folder.name}/hello"
+        self.socket = self.context.socket(zmq.ROUTER)
+        self.socket.bind(address)
+        self.processes = [subprocess.Popen([sys.executable, "-c", self.hello, address]) for _ in range(n)]
+
+    def each(self, function: Callable[[], Any]) -> list[Any]:
+        self.names = [self.socket.recv_multipart()[0] for _ in self.processes]
+        return self.names
+
+    def stop(self) -> None:
+        for name in self.names:
+            self.socket.send_multipart([name, b""])
+        for process in self.processes:
+            process.wait()
+        self.context.destroy()
+        self.folder.cleanup()
 
 
 class Raw:
@@ -231,15 +265,16 @@ class Ray:
 
 
 SYSTEMS = {
-    "ipclite": IPP("ipclite", most=10**9),
+    "ipclite": IPP("ipclite", most=10**9, modes=(*MODES, "many")),
     "raw pyzmq": Raw(),
     "ProcessPool": Executor("concurrent.futures", "ProcessPoolExecutor"),
+    "interpreters": Interpreters(),
     "ipyparallel": IPP("ipyparallel", most=1000),
     "dask": Dask(),
     "ray": Ray(),
     "loky": Executor("loky", "get_reusable_executor"),
 }
-CORE, PEERS = list(SYSTEMS)[:3], list(SYSTEMS)[3:]
+CORE, PEERS = list(SYSTEMS)[:4], list(SYSTEMS)[4:]
 
 
 def _timed(function: Callable[..., Any], *args: Any) -> float:
@@ -308,7 +343,7 @@ def main(name: str, mode: str, sizes: str = "{}") -> None:
     if mode == "import":
         print(json.dumps(_import(system)))
         return
-    system.start(2 if mode == "rows" else 4)
+    system.start({"rows": 2, "many": 64}.get(mode, 4))
     try:
         if mode == "rows":
             system.submit(100)  # connections, caches and lazily started workers are part of the first result

@@ -27,7 +27,7 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 import psutil
 
-from .peers import CORE, MIB, PEERS, SYSTEMS
+from .peers import CORE, MIB, MODES, PEERS, SYSTEMS
 
 ROOT = Path(__file__).resolve().parent.parent
 TURN_S = 180  # a system that takes longer for one turn has failed
@@ -57,6 +57,7 @@ ROWS = [
     Row("chain", "chain of dependent no-ops [tasks/s]", 0),
     Row("everywhere", "no-ops to each of 8 engines [tasks/s]", 0),
     Row("first", "process start to first result of 4 [ms]", 0),
+    Row("many", "process start to first result of 64 [ms] (3)", 0),
     Row("pss", "idle cluster of 4: memory (PSS) [MB]", 1),
     Row("processes", "  processes (2)", 0),
     Row("controllers", "  of these named controller", 0),
@@ -69,7 +70,8 @@ ROWS = [
     Row("entry_modules", "  modules loaded", 0),
 ]
 NOTES = """(1) 100,000 items, untuned; the executors with chunksize=1000. Slow peers get fewer tasks in these two rows.
-(2) without the client's own process"""
+(2) without the client's own process
+(3) interpreters: 64 of Python, each of which imports pyzmq and cloudpickle and says hello"""
 
 
 class Target(NamedTuple):
@@ -89,6 +91,7 @@ TARGETS = [
     Target("round trip, to raw pyzmq", "call", "raw pyzmq", most=1.5),
     Target("untuned map, to ProcessPool with chunksize=1000", "map", "ProcessPool", least=0.8),
     Target("first result of 4 engines, to ipyparallel", "first", "ipyparallel", most=0.1),
+    Target("64 engines on one host, to 64 interpreters", "many", "interpreters", most=0.5),
     Target("controller processes", "controllers", None, most=1),
     Target("processes of a cluster of 4", "processes", None, most=1 + 2 + 4),
     Target("listening TCP ports of a local cluster", "ports", None, most=0),
@@ -203,12 +206,13 @@ def measure(system: str, idle: bool) -> tuple[dict[str, float], int]:
     """One round of one system: its cells, and the processes that it left behind."""
     cells: dict[str, float] = {}
     left = 0
-    for mode in ["import", "first", "rows", "idle"] if idle else ["import", "first", "rows"]:
+    modes = getattr(SYSTEMS[system], "modes", MODES)
+    for mode in modes if idle else [mode for mode in modes if mode not in ("idle", "many")]:
         start = time.perf_counter()
         with Turn(system, mode, json.dumps(SIZES)) as turn:
             line = turn.line()
-            if mode == "first":
-                cells["first"] = (time.perf_counter() - start) * 1e3
+            if mode in ("first", "many"):
+                cells[mode] = (time.perf_counter() - start) * 1e3
             elif mode == "idle":
                 cells.update(idle_cluster(psutil.Process(turn.child.pid)))
             else:

@@ -14,14 +14,15 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
+version_info = (0, 1, 0)
 
 _HOME = {
     "client": ("Client",),
     "history": ("AsyncHubResult",),
     "cluster": ("Cluster", "ClusterManager"),
     "views": ("BroadcastView", "DirectView", "LoadBalancedView", "View"),
-    "functions": ("Dependency", "ParallelFunction", "PrePickled", "Reference", "RemoteFunction", "depend", "dependent",
-                  "interactive", "parallel", "publish_data", "remote", "require"),
+    "functions": ("Dependency", "ParallelFunction", "PrePickled", "Reference", "RemoteFunction", "current_task", "depend",
+                  "dependent", "interactive", "parallel", "publish_data", "remote", "require", "use_cloudpickle", "use_dill", "use_pickle"),
     "maps": ("LazyMapIterator",),
     "results": ("ALL_COMPLETED", "AsyncMapResult", "AsyncResult", "FIRST_COMPLETED", "FIRST_EXCEPTION"),
     "display": ("ExecuteReply",),
@@ -32,18 +33,22 @@ _HOME = {
         "ConnectionFileError", "ControllerLost", "DependencyTimeout", "EngineError", "IPythonError",
         "ImpossibleDependency", "InvalidDependency", "KernelError", "LauncherError", "NoCluster",
         "NoEnginesRegistered", "NoRecord", "PackError", "ProtocolError", "RecordExpired", "RemoteError", "TaskAborted", "TaskRejectError",
-        "TaskTimeout", "TimeoutError", "UnmetDependency", "UnpackError", "UserError",
+        "TaskTimeout", "TimeoutError", "UnmetDependency", "UnpackError", "UserError", "collect_exceptions", "unwrap_exception",
+        "wrap_exception",
     ),
 }
+_MODULES = ("datapub", "error")  # that scripts of IPython Parallel expect to be there without an import
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name in _MODULES:
+        return import_module("." + name, __name__)
+    if name in _MODULE_OF:
         value = getattr(import_module("." + _MODULE_OF[name], __name__), name)
         globals()[name] = value
         return value

@@ -15,6 +15,8 @@ ROLES = {
     "controller": (".controller", "start a controller"),
     "engine": (".engine", "start engines"),
     "profile": (".profiles", "make, list and find profiles"),
+    "db": (".dbtool", "look at the records of tasks"),
+    "logger": (".logger", "show the log lines of processes on all hosts"),
     "doctor": (".doctor", "find out why something does not connect"),
     "completion": (".completion", "print a script that completes commands in your shell"),
 }

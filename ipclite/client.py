@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import operator
 import os
 import signal
 import socket
@@ -28,13 +29,16 @@ from .errors import ConnectError, ConnectionFileError, ControllerLost, EngineErr
 from .display import ROWS_MAX, progress, table
 from .executor import ViewExecutor
 from .history import AsyncHubResult, History, Kept, about, kept, outcome_of, purge
-from .results import AsyncResult
+from .results import AsyncMapResult, AsyncResult, Selection
 from .views import BroadcastView, DirectView, LoadBalancedView
 
 DEPARTED_KEPT = 1000  # engines that have left whose names are known
 ON_ITS_WAY_S = 0.1
 LONG_QUERY_S = 60.0  # for what may have much to look through
-_ERRORS = {"NoRecord": NoRecord, "RecordExpired": RecordExpired, "RuntimeError": RuntimeError}  # what a reply may raise
+REDIAL_TIMEOUT_S = 5.0
+ONCE_ONLY = ("resubmit", "shutdown", "signal")  # what must not be asked for twice
+_ERRORS = {  # what a reply may raise
+    "ControllerLost": ControllerLost, "NoRecord": NoRecord, "RecordExpired": RecordExpired, "RuntimeError": RuntimeError}
 
 _clients: "weakref.WeakSet[Client]" = weakref.WeakSet()
 
@@ -51,6 +55,7 @@ class Client:
             what the connection file says.
         sshkey: path of the private key to try first.
         password: for the ssh server, or of the key; otherwise it is asked for on a terminal.
+        paramiko: tunnels are made by it in any case, so that no ssh program is needed; accepted for the sake of old scripts.
         timeout: s to wait for the connection file and the controller.
         cluster: the `Cluster` that made this client, if one did.
 
@@ -63,11 +68,14 @@ class Client:
     def __init__(self, connection_info: Union[str, "os.PathLike[str]", dict[str, Any], None] = None, *, profile: Optional[str] = None,
                  profile_dir: Optional[str] = None, ipython_dir: Optional[str] = None, cluster_id: Optional[str] = None,
                  sshserver: Optional[str] = None, sshkey: Optional[str] = None, password: Optional[str] = None,
-                 timeout: float = 10.0, cluster: Any = None, **old: Any):
+                 paramiko: Optional[bool] = None, timeout: float = 10.0, cluster: Any = None, **old: Any):
         if old:
             connection_info = _old_arguments(old, connection_info)
+        if paramiko is False:
+            _has_no_effect("Client's paramiko=False")
         self.block = False
         self.cluster = cluster
+        self.profile = profile
         self.session = os.urandom(wire.SESSION_SIZE)
         self._engines: dict[int, dict[str, Any]] = {}
         self._warned = False  # of engines with another Python
@@ -76,6 +84,8 @@ class Client:
         self._condition = threading.Condition()
         self._numbers = itertools.count(1)
         self._replies: dict[int, Any] = {}  # of queries: None until they come
+        self._questions: dict[int, tuple[str, list[Any]]] = {}  # what was asked, and the message, until then
+        self._path_of_info: Optional[Path] = None
         self._closed = False
         self._dask: Any = None
         self._sshserver = sshserver or ""
@@ -93,24 +103,28 @@ class Client:
         self._sys_path: tuple[str, ...] = ()
         self._folders: tuple[str, ...] = ()
         on_message, on_lost = weakref.WeakMethod(self._on_message), weakref.WeakMethod(self._on_lost)
+        dial, on_back = weakref.WeakMethod(self._dial_again), weakref.WeakMethod(self._on_back)
+        ask_missed = weakref.WeakMethod(self._ask_missed)
+        self._context = context
         self._connection = Connection(context, link, welcome, self.session, lambda frames: _call(on_message, frames),
-                                      lambda: _call(on_lost))
+                                      lambda: _call(on_lost), lambda resume: _call(dial, resume), lambda welcome: _call(on_back, welcome),
+                                      lambda runs: _call(ask_missed, runs))
         _clients.add(self)
 
     def _connect(self, context: Any, given: Any, profile: Optional[str], profile_dir: Optional[str], ipython_dir: Optional[str],
                  cluster_id: Optional[str], timeout_s: float) -> tuple[net.Link, dict[str, Any]]:
         deadline = time.monotonic() + timeout_s
-        hello = {"role": "client", "protocol": wire.VERSION, "session": self.session.hex(), "pid": os.getpid(),
-                 "host": socket.gethostname(), "python": sys.version.split()[0]}
+        hello = self._hello = {"role": "client", "protocol": wire.VERSION, "session": self.session.hex(), "pid": os.getpid(),
+                               "host": socket.gethostname(), "python": sys.version.split()[0]}
         if isinstance(given, dict):
             info = config.check_connection(given, "the connection information", "client", wire.VERSION)
             return self._greet(context, info, hello, timeout_s)
-        path = Path(given) if given is not None else config.connection_file(
+        path = self._path_of_info = Path(given) if given is not None else config.connection_file(
             config.find_profile_dir(profile, profile_dir, ipython_dir), cluster_id or "", "client")
         while True:
             try:
                 info = config.read_connection(path, "client", wire.VERSION)
-                dead = "" if self._sshserver else config.dead_run(info)
+                dead = "" if self._sshserver else net.ended_run(info)
                 if dead:
                     raise ConnectionFileError(f"{path} is of a run that has ended ({dead}); start a cluster with "
                                               "'ipcluster start -n 4'")
@@ -127,12 +141,72 @@ class Client:
 
     def _greet(self, context: Any, info: dict[str, Any], hello: dict[str, Any], timeout_s: float) -> tuple[net.Link, dict[str, Any]]:
         if self._sshserver:
-            info = {**info, "ssh": self._sshserver, "ipc": ""}
+            info = net.through_ssh(info, self._sshserver)
         if net.needs_tunnel(info) and self._tunnel is None:
             from .tunnel import Tunnel
 
             self._tunnel = Tunnel(f"{os.getpid()}-{self.session.hex()}", *self._ssh_secrets)
         return net.greet(context, info, hello, timeout_s, self._tunnel)
+
+    def _dial_again(self, resume: dict[str, Any]) -> tuple[net.Link, dict[str, Any]]:
+        """Connect again after the connection broke, in a thread of its own.
+
+        Raises:
+            ControllerLost: the controller is gone for good; with a text if that tells more than why the connection broke.
+            UserError: it can't be reached now.
+        """
+        connection = self._connection
+        old, info = connection.link_info, connection.link_info
+        returns = connection.durable and bool(old.get("reuse"))  # it may be started again
+        if self._path_of_info is not None:
+            try:
+                info = config.read_connection(self._path_of_info, "client", wire.VERSION)
+            except ConnectionFileError as e:
+                if not returns:
+                    raise ControllerLost("") from None
+                raise ConnectError(str(e)) from None
+        same = info["run_id"] == old["run_id"]
+        gone = same and (connection.ended or not self._sshserver and (net.controller_gone(info) or net.refuses(info)))
+        if not returns and (gone or not same):
+            raise ControllerLost("" if same else "another controller has taken its place, which does not know of what was unfinished")
+        if gone:
+            raise ConnectError("it has not been started again yet")
+        return self._greet(self._context, info, {**self._hello, "resume": resume}, REDIAL_TIMEOUT_S)
+
+    def _ask_missed(self, runs: list[list[int]]) -> Any:
+        """What of these tasks can't be had any more; see Connection."""
+        number = next(self._numbers)
+        self._replies[number] = None
+        try:
+            self._connection.tell(wire.encode_query(wire.QUERY, {"id": number, "what": "missed", "runs": runs}))
+            deadline = time.monotonic() + LONG_QUERY_S
+            while self._replies[number] is None and self._connection.up and time.monotonic() < deadline:
+                with self._condition:
+                    self._condition.wait(0.05)  # of a connection that breaks again nobody tells
+            reply = self._replies[number]
+            return None if reply is None or "value" not in reply else reply["value"]
+        finally:
+            del self._replies[number]
+
+    def _on_back(self, welcome: dict[str, Any]) -> None:
+        """There is a connection again: with its WELCOME, and then, with nothing, when it is known what became of our tasks."""
+        if welcome:
+            ids = {engine["id"] for engine in welcome.get("engines", ())}
+            self._on_engines({"joined": welcome.get("engines", ()), "left": [i for i in self._engines if i not in ids]})
+            return
+        for number, (what, frames) in list(self._questions.items()):
+            if self._connection.unsent(frames):
+                continue
+            if what in ONCE_ONLY:
+                self._on_reply({"id": number, "ename": "ControllerLost",
+                                "error": f"the connection broke while the controller was asked for {what!r}: it may be done, or not"})
+            else:
+                self._connection.post(frames)
+        for key in self._connection.asked():
+            try:
+                self._ask("fetch", [key])
+            except NoRecord as e:
+                self._connection.give_up_asked(key, e)
 
     def _close_tunnel(self) -> None:
         if self._tunnel is not None:
@@ -157,9 +231,12 @@ class Client:
 
     def __getitem__(self, key: Union[int, slice, Sequence[int]]) -> DirectView:
         """A DirectView of one engine (int; negative counts from the end) or several (slice or list of ids)."""
-        if not isinstance(key, (int, slice, tuple, list, set, range)):
+        if isinstance(key, str) or not hasattr(key, "__index__") and not isinstance(key, (slice, Iterable)):
             raise TypeError(f"index a Client by int, slice or list of engine ids, not {type(key).__name__}")
         return self.direct_view(key)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{self!r} can not leave this process: a task that is to submit others needs a Client of its own")
 
     def __repr__(self) -> str:
         lost = self._connection.lost
@@ -183,19 +260,22 @@ class Client:
             if targets not in (None, "all"):
                 raise TypeError(f"targets must be 'all', an engine id or a list of them, not {targets!r}")
             return ids, False
-        if isinstance(targets, int):
+        if hasattr(targets, "__index__") and not getattr(targets, "shape", ()):  # also numpy's integers
+            targets = operator.index(targets)
             if targets < 0:
                 if -targets > len(ids):
-                    raise self._connection.lost or IndexError(f"there is no engine [{targets}]: {_count(ids)}")
+                    raise self._trouble() or IndexError(f"there is no engine [{targets}]: {_count(ids)}")
                 return [ids[targets]], True
             if targets not in self._engines:
-                raise self._connection.lost or IndexError(f"there is no engine {targets}: {_count(ids)}")
+                raise self._trouble() or IndexError(f"there is no engine {targets}: {_count(ids)}")
             return [targets], True
         if isinstance(targets, slice):
             return ids[targets], False
+        if not isinstance(targets, Iterable):
+            raise TypeError(f"targets must be 'all', an engine id or a list of them, not {targets!r}")
         chosen = list(targets)
         for target in chosen:
-            if not isinstance(target, int):
+            if not hasattr(target, "__index__"):
                 raise TypeError(f"a list of targets holds engine ids, not {target!r}")
         return [self._targets(t)[0][0] for t in chosen], False
 
@@ -216,9 +296,15 @@ class Client:
 
     def load_balanced_view(self, targets: Any = None, **flags: Any) -> LoadBalancedView:
         """A view that gives each task to the engine with the least to do, of `targets` or of all."""
-        if targets is not None and targets != "all":
-            targets = self._targets(targets)[0]
-        return LoadBalancedView(self, None if targets == "all" else targets, **flags)
+        return LoadBalancedView(self, targets, **flags)
+
+    def activate(self, targets: Any = "all", suffix: str = "") -> DirectView:
+        """A DirectView of `targets`; see `DirectView.activate`."""
+        return self.direct_view(targets).activate(suffix)
+
+    def clear(self, targets: Any = "all", block: Optional[bool] = None) -> Any:
+        """Empty the namespaces of engines; see `DirectView.clear`."""
+        return self.direct_view(targets).clear(block=block)
 
     def executor(self, targets: Any = None) -> ViewExecutor:
         """A standard `concurrent.futures.Executor` whose calls go to the engine with the least to do, of `targets` or all."""
@@ -230,7 +316,8 @@ class Client:
 
         Args:
             n: how many; by default as many as the cluster that made this client starts, or 1.
-            timeout: s to wait at most; None or negative: for ever.
+            timeout: s to wait at most, not counting those in which jobs of our cluster wait in a queue; None or
+                negative: for ever.
             block: False: return a Future at once.
             interactive: show the progress on stderr; by default on a terminal that has waited for a second.
             widget: whether tqdm's bar is a notebook widget; None: in notebooks.
@@ -243,7 +330,8 @@ class Client:
         if not block:
             return _in_thread(lambda: self.wait_for_engines(n, timeout=timeout, interactive=interactive or False, widget=widget))
         n = n if n is not None else getattr(self.cluster, "n", None) or 1
-        started = time.monotonic()
+        started = last = time.monotonic()
+        waited = 0.0
         show: Any = None
         try:
             while True:
@@ -252,19 +340,25 @@ class Client:
                         return None
                     self._condition.wait(0.1)
                 if self._connection.lost:
-                    raise self._connection.lost
-                waited = time.monotonic() - started
+                    raise self._connection.lost.with_traceback(None)
+                waited += 0.0 if self.cluster is not None and self.cluster._queueing() else time.monotonic() - last
+                last = time.monotonic()
                 if timeout is not None and 0 <= timeout < waited and len(self._engines) < n:
                     raise TimeoutError(f"{n} engines are not ready after {timeout:g} s; {_count(self.ids)}")
                 trouble = self.cluster._engines_ended() if self.cluster is not None else ""
                 if trouble:
                     raise EngineError(f"the engines ended before all {n} were ready: {trouble}")
-                if interactive or (interactive is None and waited > 1.0 and sys.stderr.isatty()):
+                if interactive or (interactive is None and last - started > 1.0 and sys.stderr.isatty()):
                     show = show or progress(n, "engines", sys.stderr, widget)
                     show(len(self._engines))
         finally:
             if show:
                 show(min(n, len(self._engines)), end=True)
+
+    def _trouble(self) -> Optional[Exception]:
+        """Why there is no connection any more, to be raised, as often as need be; None: there is one."""
+        lost = self._connection.lost
+        return None if lost is None else lost.with_traceback(None)
 
     def _engine_uuid(self, engine_id: int) -> Optional[str]:
         return self._uuids.get(engine_id)
@@ -289,13 +383,17 @@ class Client:
             except (KeyError, TypeError, ValueError) as e:
                 raise ProtocolError(f"engines that are none: {type(e).__name__}: {e}") from None
         elif kind == wire.REPLY:
-            body = wire.decode_query(frames)
-            with self._condition:
-                if type(body.get("id")) is int and body["id"] in self._replies:
-                    self._replies[body["id"]] = body
-                    self._condition.notify_all()
+            self._on_reply(wire.decode_query(frames))
+
+    def _on_reply(self, body: dict[str, Any]) -> None:
+        with self._condition:
+            if type(body.get("id")) is int and body["id"] in self._replies:
+                self._replies[body["id"]] = body
+                self._condition.notify_all()
 
     def _on_engines(self, news: dict[str, Any]) -> None:
+        if news.get("durable") is False:
+            self._connection.durable = False
         with self._condition:
             engines = dict(self._engines)
             for engine in news.get("joined", ()):
@@ -335,14 +433,18 @@ class Client:
         number = next(self._numbers)
         self._replies[number] = None
         try:
-            self._connection.post(wire.encode_query(wire.QUERY, {"id": number, "what": what, **arguments}))
+            frames = wire.encode_query(wire.QUERY, {"id": number, "what": what, **arguments})
+            self._questions[number] = (what, frames)
+            self._connection.post(frames)
             if not self._connection.wait(lambda: self._replies[number] or self._connection.lost, self, timeout):
-                raise TimeoutError(f"the controller did not answer {what!r} in {timeout:g} s")
+                away = self._connection.away
+                raise TimeoutError(f"the controller did not answer {what!r} in {timeout:g} s{away and f': {away}' or ''}")
             reply = self._replies[number]
         finally:
             del self._replies[number]
+            self._questions.pop(number, None)
         if reply is None:
-            raise self._connection.lost or ControllerLost("the connection was closed")
+            raise self._trouble() or ControllerLost("the connection was closed")
         if "error" in reply:
             raise _ERRORS.get(reply.get("ename"), ValueError)(reply["error"])
         return reply.get("value")
@@ -374,14 +476,28 @@ class Client:
             sig = getattr(signal, name)
         self._query("signal", signum=int(signal.Signals(sig)), targets=self._targets(targets)[0])
 
+    def engines_gone(self, engine_set: str, reason: str) -> None:
+        """Tell the controller that a set of engines has ended, which somebody else found out: their batch job has.
+
+        Args:
+            engine_set: what they were told to call their set.
+            reason: what their tasks fail with if no other engine can run them.
+        """
+        self._query("gone", set=engine_set, reason=reason)
+
     def shutdown(self, targets: Any = "all", restart: bool = False, hub: bool = False, block: Optional[bool] = None) -> None:
         """End engines, or (`hub=True`) the controller and all engines.
 
         Args:
             restart: start new engines in their place, with the same ids and empty namespaces.
             block: with `restart`, wait until the new ones are there.
+
+        Raises:
+            ValueError: they are some ranks of an MPI world, which begins and ends as a whole.
         """
         uuids = {i: self._uuids.get(i) for i in self._targets(targets)[0]}
+        if not hub:
+            self._keep_worlds_whole(list(uuids), restart)
         try:
             self._query("shutdown", targets=None if hub else list(uuids), hub=hub, restart=restart)
             if restart and block and not hub:
@@ -391,25 +507,39 @@ class Client:
             if not hub:
                 raise
 
-    def abort(self, jobs: Any = None, *, interrupt: bool = False) -> None:
+    def _keep_worlds_whole(self, ids: list[int], restart: bool) -> None:
+        worlds = {i: info["mpi"]["tag"] for i, info in self._engines.items() if "mpi" in info}
+        ranks = [i for i in ids if i in worlds]
+        if ranks and restart:
+            raise ValueError(f"engine {ranks[0]} is a rank of MPI, and a new one would not belong to the others: start all of them anew, "
+                             "with Cluster.restart_engines")
+        left = [i for i, tag in worlds.items() if tag and i not in ids and tag in {worlds[rank] for rank in ranks}]
+        if left:
+            raise ValueError(f"the engines {sorted(ranks + left)} are the ranks of one MPI world, which ends as a whole: name all of them")
+
+    def abort(self, jobs: Any = None, targets: Any = None, block: Optional[bool] = None, *, interrupt: bool = False) -> None:
         """Take back tasks that have not started, wherever they wait; they fail with `TaskAborted`.
 
         Args:
-            jobs: AsyncResults, message ids or a list of these; None: all of this client's. Other clients' tasks are left alone.
+            jobs: as in `get_result`; None: all of this client's. Other clients' tasks are left alone.
+            targets: only the tasks that these engines hold (with `jobs`: those of them); None: wherever they are.
+            block: return when the controller has the order, rather than at once; by default as `Client.block` says.
             interrupt: also interrupt those that run: they get SIGINT (KeyboardInterrupt), and if they do not end within
                 2 s their engine is killed and replaced by a new one with the same id and an empty namespace.
         """
         pending = self._connection.unfinished
         numbers: Iterable[int] = pending
         if jobs is not None:
-            numbers = []
-            for job in jobs if isinstance(jobs, (list, tuple, set)) else [jobs]:
-                for msg_id in job.msg_ids if isinstance(job, AsyncResult) else [job]:
-                    session, number = wire.task_key(msg_id)
-                    if session == self.session and number in pending:
-                        numbers.append(number)
+            keys = [wire.task_key(msg_id) for msg_id in self._msg_ids(jobs)]
+            numbers = [number for session, number in keys if session == self.session and number in pending]
+        if targets is not None:
+            held = self.queue_status(targets, verbose=True)
+            there = {msg_id for engine in held.values() if isinstance(engine, dict) for msg_id in (*engine["queue"], *engine["tasks"])}
+            numbers = [number for number in numbers if wire.msg_id((self.session, number)) in there]
         if numbers and self._connection.lost is None:
             self._connection.post(wire.encode_ids(wire.ABORT, self.session, [(n, int(interrupt)) for n in numbers]))
+            if self.block if block is None else block:
+                self._query("queue_status", targets=[], verbose=False)
 
     def wait(self, jobs: Any = None, timeout: Optional[float] = None) -> bool:
         """Wait for AsyncResults, task ids or places in the history (None: everything that this client has submitted).
@@ -477,7 +607,8 @@ class Client:
         """The results of tasks by their ids, also of other clients' tasks, ended or not.
 
         Args:
-            ids: a task id, a place in the history, an AsyncResult, or a list of these; None: the last task.
+            ids: a task id, a place in the history, an AsyncResult, or a list of these, for which the result is a list, too; None:
+                the last task.
             block: wait until they have ended; by default as `Client.block` says.
             owner: while the tasks run, give the AsyncResult of the call that submitted them, if that was here and they are all of it.
 
@@ -487,9 +618,11 @@ class Client:
         """
         keys = [wire.task_key(m) for m in self._msg_ids(-1 if ids is None else ids)]
         ar: Optional[AsyncResult] = self._connection.future_of(keys) if owner else None
+        single = ids._single if isinstance(ids, AsyncResult) else ids is None or isinstance(ids, (str, int))
         if ar is None:
-            single = ids._single if isinstance(ids, AsyncResult) else ids is None or isinstance(ids, (str, int))
             ar = self._hub_result(keys, single)
+        elif ar._single is not single and not isinstance(ar, AsyncMapResult):
+            ar = Selection(ar._places(), single)
         if self.block if block is None else block:
             ar.wait()
         return ar
@@ -566,6 +699,14 @@ class Client:
         """
         wanted = keys if keys is None or isinstance(keys, str) else list(keys)
         return self._query("db_query", LONG_QUERY_S, query=query, keys=wanted)  # type: ignore[no-any-return]
+
+    def db_stats(self) -> dict[str, Any]:
+        """Which database the controller has, where it is, how many tasks are on record, and the limits."""
+        return self._query("db_stats", LONG_QUERY_S)  # type: ignore[no-any-return]
+
+    def db_vacuum(self) -> dict[str, Any]:
+        """Have the database give back the room of records that were dropped; returns `db_stats`."""
+        return self._query("db_vacuum", LONG_QUERY_S)  # type: ignore[no-any-return]
 
     def resubmit(self, ids: Any = None, metadata: Optional[dict[str, Any]] = None, block: Optional[bool] = None) -> AsyncHubResult:
         """Run tasks again that have ended, whoever submitted them, under new ids and without waiting for what they depended on.
@@ -679,8 +820,12 @@ class Client:
 
     # --- the end
 
-    def close(self) -> None:
-        """Close the connection. Tasks go on; results that have not arrived are lost to this client."""
+    def close(self, linger: Optional[float] = None) -> None:
+        """Close the connection. Tasks go on; results that have not arrived are lost to this client.
+
+        Args:
+            linger: accepted for the sake of old scripts: what was submitted is always sent, for at most a second.
+        """
         self._closed = True
         self._connection.close()
         self._close_tunnel()
@@ -696,7 +841,7 @@ class Client:
             self.close()
 
 
-_OLD = ("context", "debug", "paramiko", "username", "packer", "unpacker", "key", "keyfile", "signature_scheme", "session",
+_OLD = ("context", "debug", "username", "packer", "unpacker", "key", "keyfile", "signature_scheme", "session",
         "metadata", "config", "check_pid", "copy_threshold", "buffer_threshold", "item_threshold", "digest_history_size")
 
 
@@ -734,11 +879,12 @@ def _in_thread(call: Any) -> "Future[Any]":
     return future
 
 
-def _call(method: Any, *args: Any) -> None:
+def _call(method: Any, *args: Any) -> Any:
     """Call a weakly held method unless its object is gone."""
     bound = method()
-    if bound is not None:
-        bound(*args)
+    if bound is None:
+        return None
+    return bound(*args)
 
 
 def _import_path() -> list[str]:

@@ -22,27 +22,27 @@ import random
 import socket
 import string
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Awaitable, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Type, Union
 
 from . import config, launchers
-from .errors import (AlreadyRunning, ConfigError, ConnectionFileError, KernelError, LauncherError, NoCluster,
+from .allocation import available_cpus
+from .errors import (AlreadyRunning, ConfigError, ConnectionFileError, IPythonError, KernelError, LauncherError, NoCluster,
                      NotRunning, UserError)
 
-POLL_S = 0.005  # between two looks for the controller's connection file
+POLL_S = 0.005  # between two looks for the controller's connection file ...
+QUEUE_POLL_S = 0.2  # ... that a job is to write
+LEAVE_S = 1.0  # between asking engines to leave and having them ended
+GONE_S = 10.0  # to tell the controller of a job that has ended
 TAIL_LINES = 20
+QUICK_S = 30.0  # engines that end sooner after their start have failed; they are replaced ever later ...
+FAILURES_MAX = 4  # ... and after so many failures in turn not at all
 TAKEN = ("controller_ip", "controller_location", "controller_args", "engine_timeout", "delay",
-         "send_engines_connection_env")  # arguments and attributes that are settings of the same name
+         "send_engines_connection_env", "keep_engines")  # arguments and attributes that are settings of the same name
 KEPT = ("n", "cluster_id", "profile_dir", *TAKEN)
 Launcher = Union[str, Type[launchers.BaseLauncher]]
-
-
-def available_cpus() -> int:
-    """The CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _new_id() -> str:
@@ -51,6 +51,12 @@ def _new_id() -> str:
 
 def _own_log(level: Union[int, str, None]) -> Any:
     return config.log("cluster") if level is None else config.setup_logging("cluster", level)
+
+
+def _members(client: Any, launcher: launchers.EngineLauncher) -> List[int]:
+    """The engines of a set that has a tag."""
+    known = client.engine_info()
+    return [engine_id for engine_id, info in known.items() if str(info.get("set")).partition(".")[0] == launcher.tag]
 
 
 def label(cluster_id: str) -> str:
@@ -70,6 +76,26 @@ def _awaitable(method: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
     return run
 
 
+class Stopwatch:
+    """Counts the seconds since it was made, but for those in which `queueing()`; to be called often."""
+
+    def __init__(self, queueing: Callable[[], bool]):
+        self._queueing = queueing
+        self._seconds, self._last = 0.0, time.monotonic()
+
+    def __call__(self) -> float:
+        now = time.monotonic()
+        if not self._queueing():
+            self._seconds += now - self._last
+        self._last = now
+        return self._seconds
+
+
+def _queues(launcher: launchers.BaseLauncher) -> bool:
+    """Does a part of what it started wait in a queue?"""
+    return launcher.queued and any(job["state"] == "pending" for job in launcher.status().get("jobs", ()))
+
+
 class Cluster:
     """A controller and its engines.
 
@@ -87,6 +113,9 @@ class Cluster:
         delay: seconds between the start of the controller and that of the engines.
         send_engines_connection_env: wait for the controller, and give engines the content of its connection file in
             `$IPP_CONNECTION_INFO` (default: they wait for the file by themselves).
+        keep_engines: start engines anew in place of those whose job or process has ended.
+        restart_controller: start the controller anew when it was killed, with the same keys, ports and engines. With `--sqlitedb`
+            among `controller_args` nothing is lost.
         profile: name of the profile, created if need be. profile_dir: or its directory.
         cluster_id: tells apart the clusters of a profile (default: a new one; "" is what `ipcluster start` uses).
         cluster_file: where to note what was started (default: in the profile); "" for nowhere.
@@ -105,7 +134,8 @@ class Cluster:
                  controller_launcher_class: Optional[Launcher] = None, controller_ip: Optional[str] = None,
                  controller_location: Optional[str] = None, controller_args: Optional[List[str]] = None,
                  engine_timeout: Optional[float] = None, delay: Optional[float] = None,
-                 send_engines_connection_env: Optional[bool] = None, profile: Optional[str] = None,
+                 send_engines_connection_env: Optional[bool] = None, keep_engines: Optional[bool] = None,
+                 restart_controller: Optional[bool] = None, profile: Optional[str] = None,
                  profile_dir: Optional[config.PathLike] = None, cluster_id: Optional[str] = None,
                  cluster_file: Optional[config.PathLike] = None, shutdown_atexit: bool = True,
                  log_level: Union[int, str, None] = None, load_profile: bool = True, log: Any = None,
@@ -118,7 +148,8 @@ class Cluster:
                  "controller_launcher_class": controller or controller_launcher_class, "controller_ip": controller_ip,
                  "controller_location": controller_location, "controller_args": controller_args,
                  "engine_timeout": engine_timeout, "delay": delay,
-                 "send_engines_connection_env": send_engines_connection_env}
+                 "send_engines_connection_env": send_engines_connection_env, "keep_engines": keep_engines,
+                 "restart_controller": restart_controller}
         given = {key: value for key, value in given.items() if value is not None}
         self._make(more, given, profile, profile_dir, load_profile)
         self._name(cluster_id, cluster_file)
@@ -131,7 +162,14 @@ class Cluster:
         self.reason = ""  # why the controller of a cluster from a file is not running, as its log tells
         self._pid = os.getpid()  # a forked child does not own the cluster
         self._client: Any = None
+        self._file_lock = threading.RLock()  # jobs are noted by the thread that watches them, too
         self._noted = False  # is the cluster file ours?
+        self._begun: Dict[Any, float] = {}  # when each engine set was started, as long as it is to be kept
+        self._failures = 0  # of replacements, in turn
+        self._closing = threading.Event()
+        self._controller_options: Dict[str, Any] = {}
+        self._stopped: Any = None  # the controller that was told to stop
+        self._controller_failures = 0
 
     def _make(self, more: Optional[Dict[str, Dict[str, Any]]], given: Dict[str, Any], profile: Optional[str],
               profile_dir: Optional[config.PathLike], load_profile: bool) -> None:
@@ -149,8 +187,10 @@ class Cluster:
     def _take(self, settings: config.Settings) -> None:
         """Take what the command line, the config file and the arguments say."""
         self._settings = settings
-        self.n: int = settings["Cluster.n"] or available_cpus()
         self.engine_launcher_class = launchers.find_launcher("engine", settings["Cluster.engine_launcher_class"])
+        places, cpus = self.engine_launcher_class.places(self._section(self.engine_launcher_class)), available_cpus()
+        self.n: int = settings["Cluster.n"] or places or cpus.n
+        self._n_source = "" if settings["Cluster.n"] or places else f", as many as {cpus.source} allows"
         self.controller_launcher_class = launchers.find_launcher(
             "controller", settings["Cluster.controller_launcher_class"])
         self.controller_ip: str
@@ -159,6 +199,8 @@ class Cluster:
         self.engine_timeout: float
         self.delay: float
         self.send_engines_connection_env: bool
+        self.keep_engines: bool
+        self._restarts: bool = settings["Cluster.restart_controller"]
         for key in TAKEN:
             setattr(self, key, settings[f"Cluster.{key}"])
 
@@ -186,18 +228,42 @@ class Cluster:
         """
         if self.controller is not None and self.controller.running:
             raise AlreadyRunning(f"The controller of {label(self.cluster_id)} runs already.")
+        self._closing.clear()
         config.make_profile_dir(self.profile_dir)
         lock = self.cluster_file.with_suffix(".lock") if self.cluster_file else None
         with config.locked(lock) if lock else contextlib.nullcontext():  # of several that start at once, one wins
             self._clear_the_way()
-            self.controller = self._launcher(self.controller_launcher_class, options, self._controller_flags())
+            self.controller = self._launcher(self.controller_launcher_class, self._with_file(options),
+                                             self._controller_flags())
             with launchers.held_back():
+                self.controller.noted = self.write_cluster_file
                 self.controller.start()
                 self.started, self._noted = time.time(), False
                 if self.shutdown_atexit:
                     atexit.register(self._at_exit)
                 self.write_cluster_file()
         self.log.info("Started the controller %r", self.controller)
+        self._controller_options = options
+        if self._restarts:
+            self.controller.on_stop(functools.partial(self._on_controller_stop, self.controller, time.monotonic()))
+
+    def _on_controller_stop(self, launcher: launchers.ControllerLauncher, begun: float, data: Dict[str, Any]) -> None:
+        """The controller has ended: start it anew, unless it was told to stop."""
+        if launcher is not self.controller or launcher is self._stopped or data.get("exit_code") == 0:
+            return
+        self._controller_failures = self._controller_failures + 1 if time.monotonic() - begun < QUICK_S else 0
+        self.log.warning("The controller %s.", data.get("reason", "ended"))
+        if self._controller_failures > FAILURES_MAX:
+            self.log.error("The controller ended %d times in turn within %g s: it is not started again.", FAILURES_MAX, QUICK_S)
+            return
+        if self._closing.wait(2.0 ** max(0, self._controller_failures - 2) - 1.0) or launcher is not self.controller:
+            return
+        try:
+            self.controller = None
+            self.write_cluster_file()
+            self.start_controller_sync(**self._controller_options)
+        except UserError as e:
+            self.log.error("The controller could not be started anew: %s", e)
 
     def start_engines_sync(self, n: Optional[int] = None, engine_set_id: Optional[str] = None, **options: Any) -> str:
         """Start a set of engines; returns its id when it is started, not when it is ready.
@@ -213,17 +279,27 @@ class Cluster:
         numbers = (str(number) for number in range(len(self.engines) + 1))
         engine_set_id = engine_set_id or next(number for number in numbers if number not in self.engines)
         config.make_profile_dir(self.profile_dir)
-        if self.send_engines_connection_env:
+        if self.send_engines_connection_env or self.engine_launcher_class.sends_connection:
             text = json.dumps(config.read_json(self.connection_file("engine")))
             options["environment"] = {**options.get("environment", {}), "IPP_CONNECTION_INFO": text}
         launcher = self._launcher(self.engine_launcher_class, options, [f"--timeout={self.engine_timeout:g}"], n=n)
-        with launchers.held_back():
-            launcher.start()
-            self.engines[engine_set_id] = launcher
+        launcher.noted = self.write_cluster_file
+        launcher.on_part_stop(functools.partial(self._on_part_stop, launcher))
+        with contextlib.nullcontext() if launcher.queued else launchers.held_back():  # many jobs hold back each for itself
+            self.engines[engine_set_id] = launcher  # before it starts, so that each job is noted once it is submitted
+            try:
+                launcher.start()
+            except BaseException:
+                if not launcher.running:
+                    del self.engines[engine_set_id]
+                raise
             if self.shutdown_atexit:
                 atexit.register(self._at_exit)
             self.write_cluster_file()
-        self.log.info("Started %d engines %r", n, launcher)
+        if self.keep_engines:
+            self._begun[launcher] = time.monotonic()
+            launcher.on_stop(lambda data: None if launcher.ended_parts else self._replace(launcher, data))
+        self.log.info("Started %d engines%s: %r", launcher.n, self._n_source if n == self.n else "", launcher)
         return engine_set_id
 
     def start_cluster_sync(self, n: Optional[int] = None) -> "Cluster":
@@ -235,10 +311,17 @@ class Cluster:
         """
         with self._all_or_nothing():
             self.start_controller_sync()
-            time.sleep(self.delay)
+            self._before_engines()
             self.start_engines_sync(n)
             self.connection_file()
         return self
+
+    def _before_engines(self) -> None:
+        """Wait as long as `delay` says, and until a controller that had to queue is there: engines that were given
+        their nodes before would waste them."""
+        if self.controller is not None and self.controller.queued:
+            self.connection_file()
+        time.sleep(self.delay)
 
     def connect_client_sync(self, **kwargs: Any) -> Any:
         """A `Client` of this cluster; `kwargs` are the client's."""
@@ -257,12 +340,12 @@ class Cluster:
         with self._all_or_nothing():
             if self.controller is None:
                 self.start_controller_sync()
-                time.sleep(self.delay)
+                self._before_engines()
             if not self.engines:
                 self.start_engines_sync(n)
             client = self.connect_client_sync()
             try:
-                self.wait_for_engines(client, n)
+                self.wait_for_engines(client, min(n, self.size))
             except BaseException:
                 client.close()
                 raise
@@ -284,17 +367,20 @@ class Cluster:
         Raises:
             LauncherError: the controller or the engines ended, or `engine_timeout` passed.
         """
-        path = config.connection_file(self.profile_dir, self.cluster_id, role)
-        deadline = time.monotonic() + self.engine_timeout
+        path, trouble = config.connection_file(self.profile_dir, self.cluster_id, role), ""
+        waited = Stopwatch(lambda: self.controller is not None and _queues(self.controller))
         while self.controller is not None:
             try:
                 if self.controller.wrote(config.read_connection(path, role)):
                     break
+                trouble = f"{path} is of another one."
             except ConnectionFileError as e:
-                if time.monotonic() > deadline:
-                    raise LauncherError(f"The controller was not ready in {self.engine_timeout:g} s: {e}") from None
+                trouble = str(e)
+            if waited() > self.engine_timeout:
+                raise LauncherError(f"The controller was not ready in {self.engine_timeout:g} s: {trouble}"
+                                    + self._tails([self.controller]))
             self._check_processes()
-            time.sleep(POLL_S)
+            time.sleep(QUEUE_POLL_S if self.controller.queued else POLL_S)
         return path
 
     def wait_for_engines(self, client: Any, n: int) -> None:
@@ -313,17 +399,69 @@ class Cluster:
                                 + self._tails(self.engines.values())) from None
 
     def _engines_ended(self) -> str:
-        """Why one of our engine sets has ended, or ""; `Client.wait_for_engines` asks."""
-        ended = [launcher for launcher in self.engines.values() if not launcher.running]
-        return str(ended[0].stop_data.get("reason", "ended")) if ended else ""
+        """Why engines of ours will never come, or ""; `Client.wait_for_engines` asks."""
+        return next((trouble for trouble in map(self._trouble, self.engines.values()) if trouble), "")
+
+    def _trouble(self, launcher: launchers.BaseLauncher) -> str:
+        """Why what it started, or a part of it, will never be ready, as the end of a sentence, or ""."""
+        if launcher.state == "before" or launcher in self._begun and self._failures <= FAILURES_MAX:
+            return ""
+        if not launcher.running:
+            return str(launcher.stop_data.get("reason", "ended"))
+        if launcher.ended_parts:
+            return str(launcher.ended_parts[0].get("reason", "ended in part"))
+        return launcher.held()
+
+    def _queueing(self) -> bool:
+        """Do engines of ours wait in a queue? `Client.wait_for_engines` asks."""
+        return any(map(_queues, self.engines.values()))
 
     def _check_processes(self) -> None:
         everything: List[launchers.BaseLauncher] = [*self.engines.values(), *filter(None, [self.controller])]
-        ended = [launcher for launcher in everything if launcher.state != "before" and not launcher.running]
-        if ended:
-            what = {"controller": "controller", "engine": "engines"}[ended[-1].role]
-            reason = ended[-1].stop_data.get("reason", "ended")
-            raise LauncherError(f"The {what} of {label(self.cluster_id)} {reason}." + self._tails(ended[-1:]))
+        for launcher in reversed(everything):
+            trouble = self._trouble(launcher)
+            if trouble:
+                what = {"controller": "controller", "engine": "engines"}[launcher.role]
+                raise LauncherError(f"The {what} of {label(self.cluster_id)} {trouble}." + self._tails([launcher]))
+
+    def _on_part_stop(self, launcher: launchers.EngineLauncher, data: Dict[str, Any]) -> None:
+        """A job of an engine set has ended: say so, and have the controller take its engines as gone at once."""
+        tail = launcher.get_output(TAIL_LINES) if data.get("exit_code") != 0 else ""
+        self.log.warning("%d engines %s.%s", data.get("n", launcher.n), data["reason"],
+                         f" The last lines of its output:\n{tail}" if tail else "")
+        threading.Thread(target=self._after_part, args=(launcher, data), name="after a job", daemon=True).start()
+
+    def _after_part(self, launcher: launchers.EngineLauncher, data: Dict[str, Any]) -> None:
+        if data.get("tag") and self.controller is not None and self.controller.running:
+            try:
+                with self.connect_client_sync(timeout=GONE_S) as client:
+                    client.engines_gone(data["tag"], str(data.get("job", data["reason"])))
+            except IPythonError as e:
+                self.log.debug("The controller was not told: %s", e)
+        self._replace(launcher, data)
+
+    def _replace(self, launcher: launchers.EngineLauncher, data: Dict[str, Any]) -> None:
+        """Start as many engines as have ended without having been told to, if they are to be kept."""
+        begun = self._begun.get(launcher)
+        if begun is None:
+            return
+        failed = data.get("exit_code") != 0 and time.monotonic() - begun < QUICK_S
+        self._failures = self._failures + 1 if failed else 0
+        if self._failures > FAILURES_MAX:
+            self.log.error("Engines ended %d times in turn within %g s: they are not started again.", FAILURES_MAX, QUICK_S)
+            return
+        if (self._closing.wait(2.0 ** self._failures - 1.0) or self._told_to_stop() or self.controller is None
+                or not self.controller.running):
+            return
+        lost = data.get("n", launcher.n)
+        launcher.n -= lost
+        if launcher.n <= 0:
+            self.engines = {name: other for name, other in self.engines.items() if other is not launcher}
+        self.log.info("Starting %d engines in place of those that are gone: %s", lost, data.get("reason", "they ended"))
+        try:
+            self.start_engines_sync(lost)
+        except UserError as e:
+            self.log.error("Engines that are gone could not be replaced: %s", e)
 
     def _tails(self, ended: Iterable[launchers.BaseLauncher]) -> str:
         tails = [launcher.get_output(TAIL_LINES) for launcher in ended]
@@ -331,11 +469,25 @@ class Cluster:
 
     def _launcher(self, kind: Type[launchers.BaseLauncher], options: Dict[str, Any], args: List[str],
                   **more: Any) -> Any:
-        section = self._settings.section(*(c.__name__ for c in reversed(kind.__mro__)))
+        section = self._section(kind)
         if self.log_level is not None:
             args = [f"--log-level={self.log_level}"] + args
-        return kind(profile_dir=self.profile_dir, cluster_id=self.cluster_id, options={**section, **options}, args=args,
-                    owned=self.shutdown_atexit, **more)
+        if self._settings["Application.log_url"]:
+            args = [f"--log-url={self._settings['Application.log_url']}"] + args
+        environment = {**section.get("environment", {}), **options.get("environment", {})}
+        return kind(profile_dir=self.profile_dir, cluster_id=self.cluster_id, args=args, owned=self.shutdown_atexit,
+                    options={**section, **options, "environment": environment}, **more)
+
+    def _section(self, kind: Type[launchers.BaseLauncher]) -> Dict[str, Any]:
+        """What the configuration says to a launcher, and to what it derives from."""
+        return self._settings.section(*(c.__name__ for c in reversed(kind.__mro__)))
+
+    def _with_file(self, options: Dict[str, Any]) -> Dict[str, Any]:
+        """The controller removes a cluster file in an unusual place, too, if it outlives us."""
+        if self.cluster_file in (None, config.cluster_file(self.profile_dir, self.cluster_id)):
+            return options
+        environment = {**options.get("environment", {}), "IPP_CLUSTER_FILE": os.path.abspath(self.cluster_file or "")}
+        return {**options, "environment": environment}
 
     def _controller_flags(self) -> List[str]:
         flags = [f"--ip={self.controller_ip}"] if self.controller_ip else []
@@ -343,12 +495,15 @@ class Cluster:
         local = not (self.engine_launcher_class.remote or self.controller_launcher_class.remote)
         asked = [key for layer in config.load("controller", self.profile_dir).layers for key in layer] + [
             arg.partition("=")[0] for arg in self.controller_args + flags]
-        network = ("ip", "location", "ports", "transport")
-        if local and not any(key.lstrip("-").rpartition(".")[2] in network for key in asked):
+        network = ("ip", "location", "ports", "port", "transport", *(f"{role}_{key}" for role in ("client", "engine")
+                                                             for key in ("ip", "ports", "transport")))
+        if self.engine_launcher_class.queued or self.keep_engines:
+            flags.append("--no-engine-timeout=0")  # others come, when there is room for them
+        if local and not any(key.lstrip("-").rpartition(".")[2].replace("-", "_") in network for key in asked):
             flags.append("--transport=ipc")  # nobody needs a TCP port
         if not local and not any(key.lstrip("-").rpartition(".")[2] == "ip" for key in asked):
             flags.append("--ip=*")
-        return flags + self.controller_args
+        return flags + self.controller_args + (["--reuse"] if self._restarts else [])
 
     def _clear_the_way(self) -> None:
         """Make sure that no cluster with our id runs, and remove what a dead one left."""
@@ -359,12 +514,10 @@ class Cluster:
         except ConnectionFileError as e:
             found = None
             self.log.warning("%s It is replaced.", e)
-        if found is not None:
-            if found.controller is not None:
-                raise AlreadyRunning(f"{label(self.cluster_id)} is already running in {self.profile_dir}; stop it, or "
-                                     "choose another cluster id.")
-            self.log.info("%s ended without cleaning up: %s", label(self.cluster_id), found.reason)
-            found.stop_cluster_sync()
+        if found is not None and found.controller is not None:
+            raise AlreadyRunning(f"{label(self.cluster_id)} is already running in {self.profile_dir}; stop it, or "
+                                 "choose another cluster id.")
+        left: List[Tuple[Path, Dict[str, Any], str]] = []
         for role in ("client", "engine"):
             path = config.connection_file(self.profile_dir, self.cluster_id, role)
             try:
@@ -372,39 +525,74 @@ class Cluster:
             except ConnectionFileError:
                 continue
             dead = config.dead_run(info)
+            if not dead and info.get("reuse") and self.controller_launcher_class.remote and info["host"] != socket.gethostname():
+                continue  # a copy; whether its controller still runs is seen on that host
             if not dead:
                 raise AlreadyRunning(f"A controller (pid {info['pid']} on {info['host']}) already serves "
                                      f"{label(self.cluster_id)}; stop it, choose another cluster id, or remove {path} "
                                      "if it is gone.")
+            left.append((path, info, dead))
+        if found is not None:
+            self.log.info("%s ended without cleaning up: %s", label(self.cluster_id), found.reason)
+            found.stop_cluster_sync()
+        for path, info, dead in left:
             config.remove_sockets(info)
             if not info.get("reuse"):
                 self.log.info("Removing %s: %s.", path, dead)
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     # ---------------------------------------------------------------- stopping and signalling
 
     def stop_engines_sync(self, engine_set_id: Optional[str] = None) -> None:
-        """Stop one engine set, or all."""
+        """Stop one engine set, or all.
+
+        Raises:
+            LauncherError: some could not be stopped.
+        """
+        trouble: Optional[LauncherError] = None
         for name in list(self.engines) if engine_set_id is None else [engine_set_id]:
-            self._engine_set(name).stop()
+            launcher = self._engine_set(name)
+            self._begun.pop(launcher, None)
+            if launcher.tag and not launcher.queued and launcher.stop_signal == launchers.BaseLauncher.stop_signal:
+                self._have_leave(launcher)
+            try:
+                launcher.stop()
+            except LauncherError as e:
+                trouble = trouble or e  # the others are to stop nevertheless
+                continue
             del self.engines[name]
             self.write_cluster_file()
+        if trouble is not None:
+            raise trouble
+
+    def _have_leave(self, launcher: launchers.EngineLauncher) -> None:
+        """Have engines leave that would otherwise be killed, more or less, and the controller know at once that they have."""
+        with contextlib.suppress(IPythonError, OSError, RuntimeError):  # no controller, or no new threads, as Python ends
+            with self.connect_client_sync(timeout=LEAVE_S) as client:
+                client.shutdown(_members(client, launcher))
+                launcher.join(LEAVE_S)
+                launcher.stop()
+                client.engines_gone(launcher.tag, "it was told to stop")
 
     def stop_controller_sync(self) -> None:
         """Stop the controller."""
         if self.controller is not None:
+            self._stopped = self.controller
             self.controller.stop()
             self.controller = None
             self.write_cluster_file()
 
     def stop_cluster_sync(self) -> None:
         """Stop the engines and the controller, and remove the cluster file and what a killed controller left."""
+        self._closing.set()
+        if self.keep_engines:
+            self.write_cluster_file()  # so that who keeps the engines knows that they are to end
         try:
             self.stop_engines_sync()
         finally:
             owned = self.controller
             self.stop_controller_sync()
-            self.remove_cluster_file()
+            self.write_cluster_file()  # which goes, unless there are jobs that could not be cancelled
             atexit.unregister(self._at_exit)
             self._remove_connection_files(owned)
 
@@ -413,22 +601,32 @@ class Cluster:
         for name in list(self.engines) if engine_set_id is None else [engine_set_id]:
             launcher = self._engine_set(name)
             self.stop_engines_sync(name)
-            self.start_engines_sync(launcher.n, name)
+            self.start_engines_sync(launcher.asked, name)
 
     def signal_engines_sync(self, signum: int, engine_set_id: Optional[str] = None) -> None:
         """Send a signal to the engines of one set, or to all; `signal.SIGINT` interrupts what they run."""
         for name in list(self.engines) if engine_set_id is None else [engine_set_id]:
-            self._engine_set(name).signal(signum)
+            launcher = self._engine_set(name)
+            if not launcher.tag:
+                launcher.signal(signum)
+                continue
+            with self.connect_client_sync() as client:
+                ids = _members(client, launcher)
+                if ids or not launcher.queued:
+                    client.send_signal(signum, ids)
+                else:  # a template of the user's did not hand the name of the set on
+                    launcher.signal(signum)
 
     def restart_controller_sync(self) -> None:
         """Stop the controller and start it again; returns when it is ready.
 
-        With `--reuse` among `controller_args` the engines come back to it, with what they hold; otherwise as many are
-        started anew. Unfinished tasks are lost.
+        With `--reuse` among `controller_args`, or `restart_controller=True`, the engines come back to it, with what they hold;
+        otherwise as many are started anew. Unfinished tasks are lost, unless `--reuse` goes with records that last
+        (`--sqlitedb`): then they go on, and clients come back by themselves.
         """
         args, info = list(self.controller_args), config.read_json(self.connection_file())
         keep = bool(info.get("reuse"))
-        sets = {} if keep else {name: launcher.n for name, launcher in self.engines.items()}
+        sets = {} if keep else {name: launcher.asked for name, launcher in self.engines.items()}
         for name in sets:
             self.stop_engines_sync(name)
         self.stop_controller_sync()
@@ -497,8 +695,9 @@ class Cluster:
                 info = config.read_connection(path)
                 if config.dead_run(info) or controller is not None and controller.wrote(info):
                     config.remove_sockets(info)
-                    if not info.get("reuse"):
+                    if not info.get("reuse") or self._restarts and not {"--reuse", "--restore"} & set(self.controller_args):
                         path.unlink(missing_ok=True)
+                        config.connection_file(self.profile_dir, self.cluster_id, "peers").with_suffix("").unlink(missing_ok=True)
             except ConnectionFileError:
                 pass  # it is not there, or not ours
 
@@ -529,10 +728,30 @@ class Cluster:
 
     # ---------------------------------------------------------------- state and cluster file
 
+    def status(self) -> Dict[str, Any]:
+        """How the controller and each engine set are: `{"controller": ..., "engines": {engine_set_id: ...}}`, each with
+        `state`, `reason`, and `jobs` if it consists of batch jobs."""
+        return {"controller": self.controller.status() if self.controller is not None else None,
+                "engines": {name: launcher.status() for name, launcher in self.engines.items()}}
+
+    def job_script(self, role: str = "engine", n: Optional[int] = None) -> str:
+        """What would be submitted to a batch system, or run, for the `role` of engine or controller; nothing is."""
+        if role == "controller":
+            launcher = self._launcher(self.controller_launcher_class, {}, self._controller_flags())
+        else:
+            launcher = self._launcher(self.engine_launcher_class, {}, [f"--timeout={self.engine_timeout:g}"],
+                                      n=self.n if n is None else n)
+        return str(launcher.job_script())
+
     @property
     def engine_set(self) -> Optional[launchers.EngineLauncher]:
         """The first engine set."""
         return next(iter(self.engines.values()), None)
+
+    @property
+    def size(self) -> int:
+        """How many engines were started."""
+        return sum(launcher.n for launcher in self.engines.values())
 
     @property
     def running(self) -> bool:
@@ -544,13 +763,15 @@ class Cluster:
         how = {**{key: getattr(self, key) for key in KEPT}, "profile_dir": os.fspath(self.profile_dir)}
         kind = type(self)
         more = {} if kind is Cluster else {"class": f"{kind.__module__}.{kind.__qualname__}"}
-        found: Dict[str, Any] = {"cluster": {**how, "host": self.host, "started": self.started, **more}}
+        found: Dict[str, Any] = {"cluster": {**how, "host": self.host, "started": self.started, **more,
+                                             "stopping": self._closing.is_set()}}
         if self.controller is not None:
             found["controller"] = {"class": launchers.launcher_name(type(self.controller)),
                                    "state": self.controller.to_dict()}
         if self.engines:
             found["engines"] = {"class": launchers.launcher_name(self.engine_launcher_class), "sets": {
-                name: launcher.to_dict() for name, launcher in self.engines.items()}}
+                name: {"class": launchers.launcher_name(type(launcher)), **launcher.to_dict()}
+                for name, launcher in self.engines.items()}}
         return found
 
     @classmethod
@@ -565,7 +786,8 @@ class Cluster:
                       "controller": controller.get("class"), "shutdown_atexit": False, **kwargs})
         self.started, self.host = how["started"], how["host"]
         wanted: List[Tuple[str, Any, Dict[str, Any]]] = [
-            (name, self.engine_launcher_class, its_state) for name, its_state in engines.get("sets", {}).items()]
+            (name, launchers.find_launcher("engine", its_state.get("class", self.engine_launcher_class)), its_state)
+            for name, its_state in engines.get("sets", {}).items()]
         if controller:
             wanted.append(("", self.controller_launcher_class, controller["state"]))
         for name, kind, its_state in wanted:
@@ -602,19 +824,50 @@ class Cluster:
 
     def write_cluster_file(self) -> None:
         """Note in the cluster file what runs; remove the file when nothing does."""
+        with self._file_lock:
+            self._write_cluster_file()
+
+    def _write_cluster_file(self) -> None:
         if self.cluster_file is None or (self._noted and not self._still_noted()):
             return
-        if self.controller is None:
+        left = any(launcher.queued and launcher.running for launcher in self.engines.values())
+        if self.controller is None and not left:
             self.remove_cluster_file()  # engines of someone else's controller are not a cluster
         else:
             config.write_json(self.cluster_file, self.to_dict(), 0o644)
             self._noted = True
+
+    def note_engines(self) -> None:
+        """Note our engines in the cluster file of the controller that they belong to, whoever started that, so that
+        they are found when it is stopped."""
+        path = config.cluster_file(self.profile_dir, self.cluster_id)
+        with config.locked(path.with_suffix(".lock")):
+            try:
+                found = Cluster.from_file(path)
+            except (NoCluster, ConnectionFileError):
+                found = self
+            if not found.running:
+                found = self
+            if found is self:
+                self.started = time.time()
+            else:
+                numbers = map(str, range(len(found.engines) + len(self.engines)))
+                free = [number for number in numbers if number not in found.engines]
+                found.engines.update(zip(free, self.engines.values()))
+            config.write_json(path, found.to_dict(), 0o644)
 
     def remove_cluster_file(self) -> None:
         """Remove the cluster file, if this cluster wrote it or came from it."""
         if self.cluster_file is not None and self._noted and self._still_noted():
             self.cluster_file.unlink(missing_ok=True)
         self._noted = False
+
+    def _told_to_stop(self) -> bool:
+        """Is somebody stopping this cluster by its file?"""
+        try:
+            return self.cluster_file is not None and bool(config.read_json(self.cluster_file)["cluster"].get("stopping"))
+        except (ConnectionFileError, KeyError):
+            return True
 
     def _still_noted(self) -> bool:
         """Does the cluster file speak of this run? Who stopped it removed it; a new run may have its own."""
@@ -747,6 +1000,7 @@ def clean_cluster_files(profile_dirs: Optional[Iterable[config.PathLike]] = None
     for folder in folders:
         files = [*folder.glob("security/*.lock"), *folder.glob("security/ipcontroller*-lock")]
         busy = [] if force else _live_controllers(folder)
+        files += folder.glob("security/ipcontroller*-peers") if not busy else []
         for path in folder.glob("security/ipcontroller*.json"):
             if path not in busy:
                 _remove_sockets_of(path)

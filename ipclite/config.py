@@ -17,6 +17,7 @@ import copy
 import json
 import logging
 import os
+import socket
 import stat
 import sys
 import time
@@ -27,10 +28,11 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, NoReturn, Optio
 from .errors import EXIT_FAILURE, ConfigError, UserError
 from .files import (PROGRAM, SOCKET_NAME_MAX, SOCKET_PATH_MAX, PathLike, check_connection, cluster_file,  # noqa: F401
                     connection_file, dead_run, locked, memory_limit, proc_stat, process_alive, process_start,
-                    raise_file_limit, read_connection, read_json, remove_sockets, runtime_dir, write_json, write_text)
+                    names_jobs, raise_file_limit, read_connection, read_json, remove_sockets, runtime_dir,
+                    write_json, write_text)
 from .options import (APPS, ARGUMENTS, CHAINS, CLUSTER, COMMAND_LINE_ONLY, ENGINES, KINDS, OPTIONS,  # noqa: F401
                       PROFILE, PROGRAMS, START, Given, Layer, Option, app_of, as_path, chain_of, config_text, convert,
-                      help_text, is_absent, is_unneeded, known_names, options_of, read_argv, suggest, version)
+                      help_text, is_absent, is_custom, is_unneeded, known_names, options_of, read_argv, suggest, version)
 
 # Config files of the whole machine, weakest first; those of the profile win over them.
 SYSTEM_DIRS = (Path("/etc/ipython"), Path("/usr/local/etc/ipython"), Path(sys.prefix, "etc", "ipython"))
@@ -71,7 +73,15 @@ class Settings(Dict[str, Any]):
     def section(self, *names: str) -> Dict[str, Any]:
         """`{key: value}` of sections, weakest first, and of what they inherit."""
         chain = [link for name in names for link in chain_of(name, self.role)]
-        return {o.key: self._resolve(o, chain) for o in options_of(self.role) if o.section in chain}
+        found = {o.key: self._resolve(o, chain) for o in options_of(self.role) if o.section in chain}
+        known = set(found)
+        for layer in self.layers:  # what a launcher of the user's has, and nobody else
+            for name in chain:
+                for full, given in layer.items():
+                    section, _, key = full.partition(".")
+                    if section == name and key not in known:
+                        found[key] = given.value
+        return found
 
     def _resolve(self, option: Option, chain: Iterable[str]) -> Any:
         value = convert(option, copy.copy(option.default), option.name)
@@ -92,6 +102,15 @@ class Settings(Dict[str, Any]):
         shown = {option.name: option for option in options_of(self.role) if option.key not in COMMAND_LINE_ONLY}
         table = {name: {"value": self[name], "from": self.origins.get(name, "default")} for name in shown}
         table["Application.profile_dir"] = {"value": os.fspath(self.profile_dir), "from": "command line or environment"}
+        known = known_names(app_of(self.role))
+        for name, given in [item for layer in self.layers for item in layer.items()]:
+            section, _, key = name.partition(".")
+            if any(o.key == key and section in chain_of(o.section, self.role) for o in options_of(self.role)):
+                continue  # it is in one of the rows above
+            option, value = known.get(section, {}).get(key), given.value
+            if isinstance(value, Deferred):
+                value = value.applied_to(copy.copy(option.default) if option else None, given.origin)
+            table[name] = {"value": convert(option, value, given.origin) if option else value, "from": given.origin}
         return table
 
 
@@ -211,6 +230,7 @@ def layer_of(role: str, sections: Mapping[str, Mapping[str, Any]], where: str = 
     known = known_names(app)
     elsewhere = {name: other for other in APPS if other != app for name in known_names(other) if name not in known}
     absent: List[str] = []
+    unneeded: List[str] = []
     layer: Layer = {}
     for section, keys in sections.items():
         for key, value in keys.items():
@@ -220,15 +240,20 @@ def layer_of(role: str, sections: Mapping[str, Mapping[str, Any]], where: str = 
             if key in known.get(section, {}) and key not in COMMAND_LINE_ONLY:
                 layer[f"{section}.{key}"] = Given(value, origin)
             elif key in COMMAND_LINE_ONLY or is_unneeded(section, key, app):
-                log().warning("%s is not needed and has no effect.", origin)
+                unneeded.append(f"c.{section}.{key}")
             elif is_absent(section, key, app):
                 absent.append(f"c.{section}.{key}")
             elif section in elsewhere:
                 log().warning("%s has no effect here: it belongs in ip%s_config.py.", origin, elsewhere[section])
             elif section in known:
                 raise ConfigError(f"unknown key {origin}" + suggest(key, known[section]))
+            elif is_custom(section, app):
+                layer[f"{section}.{key}"] = Given(value, origin)
             else:
                 raise ConfigError(f"unknown section {origin}" + suggest(section, known))
+    if unneeded:
+        log().warning("%s in %s %s not needed and %s no effect.", ", ".join(unneeded), where,
+                      *(("is", "has") if len(unneeded) == 1 else ("are", "have")))
     if absent:
         log().warning("%s in %s: this version does not have what these settings are for, so they have no effect.",
                       ", ".join(absent), where)
@@ -361,10 +386,13 @@ def make_profile_dir(path: PathLike) -> None:
     Raises:
         ConfigError: it can't be written.
     """
+    missing = [folder for folder in (Path(path), *Path(path).absolute().parents) if not os.path.exists(folder)]
     for name, mode in (("security", 0o700), ("pid", 0o700), ("log", 0o755)):
         folder = Path(path, name)
         try:
-            folder.mkdir(mode=mode, parents=True, exist_ok=True)
+            while missing:  # not by parents=True, which lets a generous umask have its way
+                missing.pop().mkdir(mode=0o755, exist_ok=True)
+            folder.mkdir(mode=mode, exist_ok=True)
             if mode == 0o700 and stat.S_IMODE(folder.stat().st_mode) != mode:
                 folder.chmod(mode)
         except OSError as e:
@@ -417,11 +445,13 @@ def clean_logs(profile_dir: PathLike, keep: int = 0, age_s: float = 0.0) -> List
         age_s: only those that nobody has written to for so many seconds.
     """
     found = []
-    for path in Path(profile_dir, "log").glob("*.log"):
+    for path in Path(profile_dir, "log").glob("*.log*"):
         pid = path.stem.rpartition("-")[2]
         with contextlib.suppress(FileNotFoundError):  # somebody else cleans, too
-            if not (pid.isdigit() and process_alive(int(pid))):
-                found.append((path.stat().st_mtime, path))
+            written = path.stat().st_mtime
+            busy = process_alive(int(pid)) if pid.isdigit() else pid.startswith("job") and time.time() - written < LOG_AGE_S
+            if not busy:
+                found.append((written, path))
     old = [path for written, path in sorted(found, reverse=True)[keep:] if time.time() - written >= age_s]
     for path in old:
         path.unlink(missing_ok=True)
@@ -446,6 +476,7 @@ def setup_logging(role: str, level: Union[int, str], file: Optional[PathLike] = 
     if file is not None:
         try:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600))
             handler = logging.FileHandler(file, encoding="utf-8")
         except OSError as e:
             raise ConfigError(f"The log file {file} can't be written ({e.strerror}); choose another profile with "
@@ -460,6 +491,15 @@ def setup_logging(role: str, level: Union[int, str], file: Optional[PathLike] = 
     package.setLevel(level)
     package.propagate = False
     return log(role)
+
+
+def log_start(log: logging.Logger, settings: Settings) -> None:
+    """For `--debug`: what runs here, and every setting that is no default, with where it comes from."""
+    log.debug("%s %s, Python %s on %s, %s, pid %d in %s: %s", PROGRAM, version(), sys.version.split()[0], sys.platform,
+              socket.gethostname(), os.getpid(), os.getcwd(), " ".join(sys.argv))
+    for name, origin in sorted(settings.origins.items()):
+        secret = name.startswith("MongoDB.") or name.endswith(".environment")  # it may be
+        log.debug("%s = %s (%s)", name, "..." if secret else repr(settings[name]), origin)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -7,6 +7,9 @@
 Whoever holds `_lead` takes the turns: the io thread as a rule, but a thread that waits for a result takes over, because
 that saves two thread switches on every round trip. The io thread naps meanwhile, and resumes when nobody has led for a while.
 
+When the connection breaks, a thread of its own dials again, and tells the controller what we wait for; until then the outbox
+grows, and who waits goes on waiting.
+
 Rules that hold here: the socket is used under `_sock_lock` only; task numbers, `_pending` and the outbox change under `_mutex`;
 who holds both took `_sock_lock` first; futures are resolved and callbacks run with neither. A Ctrl-C is held back while
 a message is on its way through Python, so that none is torn apart.
@@ -14,6 +17,7 @@ a message is on its way through Python, so that none is torn apart.
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import socket
@@ -27,14 +31,17 @@ from typing import Any, Callable, Iterable, Optional, Sequence
 from _signal import SIGINT, getsignal, signal  # what the signal module wraps in enums, which cost microseconds
 
 from . import net, wire
-from .errors import ControllerLost, PackError, ProtocolError
+from .errors import ControllerLost, PackError, ProtocolError, RecordExpired, UserError
 from .futures import Source, TaskFuture
 from .results import AsyncResult
+from .unsaved import Unsaved
 
 FUNCTIONS_KEPT = 256  # functions whose bytes the controller and the engines hold for us
 TICK_S = 1.0  # between two looks at the controller's silence
 FAR_SILENCE_S = 30.0  # that a controller on another host may keep at least
 NAP_S, LONG_NAP_S = 0.02, 0.1  # of the io thread while another thread leads
+COMEBACK_S = 120.0  # how long a controller that may come back is dialled
+REDIAL_S = 1.0  # at most between two attempts
 TAKE = 256  # messages taken in before the outbox gets its turn
 
 
@@ -90,16 +97,32 @@ class Connection:
         link, welcome: what `net.greet` returned.
         session: the client's 8 bytes.
         on_message: called with every message that is not about a task's result or output.
-        on_lost: called once, when the connection is lost or closed.
+        on_lost: called once, when the connection is lost for good or closed.
+        dial: called with our part of HELLO when the connection broke; returns what `net.greet` does, raises ControllerLost if there is
+            no hope, and other UserErrors if there is.
+        on_back: called with WELCOME when there is a connection again, before anything is sent.
+        ask_missed: asks the controller for the results of tasks, by ranges of numbers; returns those it can't give as
+            {"expired": ranges, "unknown": ranges}, or None if the connection broke again.
     """
 
     def __init__(self, context: Any, link: net.Link, welcome: dict[str, Any], session: bytes,
-                 on_message: Callable[[list[Any]], None], on_lost: Callable[[], None]):
+                 on_message: Callable[[list[Any]], None], on_lost: Callable[[], None],
+                 dial: Callable[[dict[str, Any]], Any], on_back: Callable[[dict[str, Any]], Any],
+                 ask_missed: Callable[[list[list[int]]], Any]):
         self.session = session
         self.lost: Optional[Exception] = None  # why nothing can be sent any more
         self.sent_up_to = 1  # the number after that of the last task that has left
         self._context, self._link = context, link
         self._on_message, self._on_lost = on_message, on_lost
+        self._dial, self._on_back, self._ask_missed = dial, on_back, ask_missed
+        self.away: Optional[str] = None  # why there is no connection, while one is looked for
+        self.link_info, self.run_id, self.durable = link.info, welcome["run_id"], bool(welcome.get("durable"))
+        self.ended = False  # the controller said goodbye
+        self.up = True  # there is a connection
+        self._resuming = self._parted = False
+        self._redialler: Optional[threading.Thread] = None
+        self._unsaved = Unsaved()
+        self._taken = self._confirmed = 0  # RESULTS messages of this run of the controller; those we have confirmed
         self._max_task_bytes: int = welcome["max_task_bytes"]
         # On a slow link a large message holds up the controller's signs of life.
         self._silence_s: float = max(welcome["silence_s"], 0.0 if link.local else FAR_SILENCE_S)
@@ -122,11 +145,16 @@ class Connection:
         self._wake_r, self._wake_w = socket.socketpair()
         self._wake_r.setblocking(False)
         self._wake_w.setblocking(False)
-        self._sources = [link.sock.get(net.zmq.FD), link.monitor.get(net.zmq.FD), self._wake_r.fileno()]
+        self._sources = self._sources_of(link)
         self._poll = self._make_poll()  # used by whoever leads
         self._thread = threading.Thread(target=self._serve, name="ipclite-client", daemon=True)
         self._thread.start()
         _connections.add(self)
+
+    def _sources_of(self, link: Optional[net.Link]) -> list[int]:
+        """Descriptors of the socket, of its monitor, and of what wakes us."""
+        wake = self._wake_r.fileno()
+        return [wake, wake, wake] if link is None else [link.sock.get(net.zmq.FD), link.monitor.get(net.zmq.FD), wake]
 
     def _forked(self) -> None:
         """This is the child of a fork: the connection is the parent's, and threads that are not here may hold its locks."""
@@ -169,7 +197,7 @@ class Connection:
                 ar._lent = [*ar._lent, *(weakref.ref(piece) for piece in payload if type(piece) is memoryview)]
         with self._mutex:
             if self.lost is not None:
-                raise self.lost
+                raise self.lost.with_traceback(None)  # else it would grow each time
             first = self._next
             if len(tasks) == 1 and tasks[0][2] == 1:
                 spec, payload, _ = tasks[0]
@@ -197,6 +225,7 @@ class Connection:
             frames = [wire.FUNCTION, digest, *([payload] if isinstance(payload, bytes) else payload)]
             with self._mutex:
                 self._outbox.append((None, frames))
+                self._unsaved.functions[digest] = frames
                 if len(self._functions) >= FUNCTIONS_KEPT:
                     self._forget_functions()
         self._functions[digest] = self._next
@@ -209,6 +238,7 @@ class Connection:
         dropped = free[: FUNCTIONS_KEPT // 2]
         for digest in dropped:
             del self._functions[digest]
+            self._unsaved.functions.pop(digest, None)
         if dropped:
             self._outbox.append((None, [wire.FORGET, *dropped]))
 
@@ -227,16 +257,16 @@ class Connection:
         """
         with self._mutex:
             if self.lost is not None:
-                raise self.lost
+                raise self.lost.with_traceback(None)
             self._outbox.append((None, frames))
         self.flush()
 
     def flush(self) -> None:
         """Send what is in the outbox, in the calling thread."""
-        if self._outbox and self.lost is None:
+        if self._outbox and self.lost is None and self.up:
             with HeldBack(), self._sock_lock:
                 self._send_outbox()
-                more = self.lost is None and net.readable(self._link.sock)
+                more = self.lost is None and self.up and net.readable(self._link.sock)
             if more:  # our send took the notice of a message that the leader waits for
                 self._wake()
 
@@ -251,6 +281,9 @@ class Connection:
 
     def _send_outbox(self) -> None:
         """The caller holds `_sock_lock`."""
+        if not self.up or self._resuming:
+            self._awake = False
+            return
         with self._mutex:
             outbox, self._outbox = self._outbox, []
             self._awake = False
@@ -275,13 +308,17 @@ class Connection:
 
     def _send_batch(self, batch: list[Any]) -> None:
         message: list[Any] = [wire.TASKS]
-        start = 0
+        start = sections = 0
         for i in range(1, len(batch) + 1):
             if i == len(batch) or batch[i][0] is not batch[start][0]:
                 message += wire.encode_tasks(batch[start][0], self.session, [body for _, body in batch[start:i]])
                 start = i
+                sections += 1
         if batch:
             net.send(self._link.sock, message)
+            if self.durable or len(message) == 1 + sections:  # without records that last, large arguments are not held on to
+                seq, count, _ = batch[-1][1]
+                self._unsaved.add(seq + max(1, count), message)
 
     # --- taking turns
 
@@ -361,13 +398,19 @@ class Connection:
     def _serve(self) -> None:
         """The io thread: leads whenever nobody else does."""
         led, nap_s = 0, NAP_S
-        poll = self._make_poll()
+        sources: Any = None
         timeout_s = 0.0  # what came before we listened gives no notice
         while not self._closed:
-            if poll is None:
-                select.select(self._sources, [], [], timeout_s)
-            else:
-                poll.poll(timeout_s * 1000)
+            if sources is not self._sources:
+                sources = self._sources
+                poll = self._make_poll()
+            try:
+                if poll is None:
+                    select.select(sources, [], [], timeout_s)
+                else:
+                    poll.poll(timeout_s * 1000)
+            except (OSError, ValueError):
+                continue  # somebody has just closed the connection
             timeout_s = TICK_S
             while self._led != led or not self._lead.acquire(blocking=False):
                 nap_s = NAP_S if self._led != led else min(2 * nap_s, LONG_NAP_S)
@@ -399,11 +442,12 @@ class Connection:
         taken = 0
         lost = None
         with self._sock_lock:
-            if self._closed:
+            if self._closed or not self.up:
+                self._awake = False
                 return False
+            self._awake = False  # before the look, so that what is queued after it wakes us again
             if self._outbox:
                 self._send_outbox()
-            self._awake = False
             while taken < TAKE and net.readable(self._link.sock):
                 self._inbox.append(net.recv(self._link.sock))
                 taken += 1
@@ -419,13 +463,14 @@ class Connection:
             except ProtocolError as e:
                 self.lose(ControllerLost(f"the controller sent a malformed message: {e}"))
         if lost is not None:
-            self.lose(ControllerLost(lost))
+            self._break(lost)
         return taken == TAKE
 
     def _take_in(self, frames: list[Any]) -> None:
         kind = frames[0]
         if kind == wire.RESULTS:
             now = time.time()
+            self._taken += 1
             pop = self._pending.pop
             for session, engine_id, records, section in wire.result_sections(frames):
                 source = Source(engine_id, now)
@@ -444,8 +489,16 @@ class Connection:
                 mine = self._pending.get(seq) if session == self.session else None
                 for ar, i in (*places, mine) if mine is not None else places:
                     ar._write(i, name, text, engine_id)
+        elif kind == wire.PING:
+            if self._taken != self._confirmed:
+                self._confirmed = self._taken
+                with self._mutex:
+                    self._outbox.append((None, wire.encode_number(wire.PONG, self._taken)))
+        elif kind == wire.SAVED:
+            self._unsaved.saved(wire.decode_number(frames))
         elif kind == wire.BYE:
-            self.lose(ControllerLost(f"the controller ended: {wire.decode_dict(frames).get('reason')}"))
+            self.ended = True
+            self._break(f"the controller ended: {wire.decode_dict(frames).get('reason')}")
         elif kind == wire.REFUSED:
             self.lose(ControllerLost(f"the controller refused us: {wire.decode_dict(frames).get('reason')}"))
         else:
@@ -457,7 +510,7 @@ class Connection:
         """Have the results of tasks go to a future, too, whenever they come: (task, place in the future) of each."""
         with self._mutex:
             if self.lost is not None:
-                raise self.lost
+                raise self.lost.with_traceback(None)
             for key, i in places:
                 self._asked.setdefault(key, []).append((ar, i))
 
@@ -487,7 +540,7 @@ class Connection:
         """Number tasks that the controller itself is to queue; returns the first number. Their functions must not be forgotten."""
         with self._mutex:
             if self.lost is not None:
-                raise self.lost
+                raise self.lost.with_traceback(None)
             first = self._next
             self._next = first + count
             ar._sent_as(first, count)
@@ -500,6 +553,136 @@ class Connection:
         for number in range(first, first + count):
             self._pending.pop(number, None)
 
+    # --- a connection that breaks
+
+    def _break(self, why: str) -> None:
+        """The connection is no more: have another one made."""
+        with self._sock_lock:
+            if self._closed or self.lost is not None or not self.up:
+                return
+            self.up, self.away = False, why
+            self._link.close()
+            self._sources = self._sources_of(None)
+            self._poll = self._make_poll()
+        self._wake()
+        if self._redialler is None:
+            self._redialler = threading.Thread(target=self._redial, name="ipclite-redial", daemon=True)
+            self._redialler.start()
+
+    def _redial(self) -> None:
+        """Dial until there is a connection on which all is as it should be, or no hope."""
+        log, began, told = logging.getLogger(f"{__package__}.client"), time.monotonic(), False
+        delay_s = 0.02
+        while not self._closed and self.lost is None:
+            try:
+                found = self._dial(self._resumption())
+                if found is None:
+                    break  # nobody has the client any more
+            except (ControllerLost, UserError) as e:
+                if isinstance(e, ControllerLost) or not getattr(e, "passing", True):
+                    self.lose(ControllerLost(f"{self.away}: {e}") if str(e) else ControllerLost(str(self.away)))
+                elif time.monotonic() - began > COMEBACK_S:
+                    self.lose(ControllerLost(f"{self.away}, and was not to be had again in {COMEBACK_S:.0f} s: {e}"))
+                else:
+                    if not told:
+                        told = True
+                        log.warning("%s; trying for %.0f s to get it back", self.away, COMEBACK_S)
+                    time.sleep(delay_s)
+                    delay_s = min(REDIAL_S, 1.5 * delay_s)
+                continue
+            if self._resume(*found):
+                log.warning("the connection to the controller at %s was lost, and is back after %.1f s", found[0].address,
+                            time.monotonic() - began)
+                self._on_back({})
+                return
+        self._redialler = None
+        self._end_context()
+
+    def _resumption(self) -> dict[str, Any]:
+        """What we tell the controller of tasks that it may know."""
+        with self._mutex:
+            pending = sorted(n for n in self._pending if n < self.sent_up_to)
+            done = sorted(self._unsaved.numbers().difference(pending)) if self.durable else []
+            return {"run": self.run_id, "taken": self._taken, "next": self.sent_up_to, "pending": wire.encode_ranges(pending),
+                    "done": wire.encode_ranges(done)}
+
+    def _resume(self, link: net.Link, welcome: dict[str, Any]) -> bool:
+        """Go on with a new connection; returns whether it held until all was said."""
+        anew = welcome["run_id"] != self.run_id
+        with self._sock_lock:
+            if self._closed:
+                link.close()
+                return False
+            self._link, self.link_info, self.run_id = link, link.info, welcome["run_id"]
+            self.durable, self.ended = bool(welcome.get("durable")), False
+            self._taken = self._confirmed = int(welcome.get("taken", 0))
+            self._heard = time.monotonic()
+            self.up = self._resuming = True
+            self._sources = self._sources_of(link)
+            self._poll = self._make_poll()
+            for message in self._unsaved.functions.values():
+                net.send(link.sock, message)
+        self._wake()
+        self._on_back(welcome)
+        absent = welcome.get("absent", [])
+        lost = self._ask_missed(absent) if absent else {"expired": [], "unknown": []}
+        with self._sock_lock:
+            if lost is None or not self.up:
+                self._resuming = False
+                return False
+            unknown = {n for run in wire.decode_ranges(lost["unknown"]) for n in run}
+            for message, numbers in self._unsaved.again(self.session, unknown):
+                net.send(link.sock, message)
+                unknown.difference_update(numbers)
+            if anew:
+                net.send(link.sock, wire.encode_json(wire.RESUME, {}))
+            self._resuming, self._redialler, why, self.away = False, None, self.away, None
+        self._give_up(unknown, ControllerLost(f"{why}; the task was lost with it, or ended and was not on record"))
+        expired = {n for run in wire.decode_ranges(lost["expired"]) for n in run}
+        self._give_up(expired, RecordExpired(f"{why}; the task ended meanwhile, and the controller has dropped its record: raise "
+                                             "c.DictDB.record_limit or size_limit in ipcontroller_config.py"))
+        self._wake()
+        return True
+
+    def _end_context(self) -> None:
+        """After the end, whoever is last ends the context: who closed us, or the thread that dials."""
+        with self._mutex:
+            last, self._parted = self._parted and self._redialler is None, self._parted and self._redialler is not None
+        if last:
+            self._context.term()
+
+    def tell(self, frames: list[Any]) -> None:
+        """Send a message before the outbox gets its turn again. Nobody else does, while we resume."""
+        with self._sock_lock:
+            if self.up and not self._closed:
+                net.send(self._link.sock, frames)
+        self._wake()
+
+    def unsent(self, frames: list[Any]) -> bool:
+        """Whether a message that was posted is still in the outbox."""
+        with self._mutex:
+            return any(body is frames for _, body in self._outbox)
+
+    def _give_up(self, numbers: Iterable[int], error: Exception) -> None:
+        """These tasks will not end."""
+        outcome = _failure(error)
+        for number in sorted(numbers):
+            waiting = self._pending.pop(number, None)
+            if waiting is not None:
+                waiting[0]._arrive(waiting[1], outcome)
+
+    def asked(self) -> list[wire.TaskKey]:
+        """The tasks whose results were asked for and have not come."""
+        with self._mutex:
+            return list(self._asked)
+
+    def give_up_asked(self, key: wire.TaskKey, error: Exception) -> None:
+        """The result of a task that was asked for will not come."""
+        with self._mutex:
+            places = self._asked.pop(key, ())
+        for ar, i in places:
+            ar._arrive(i, _failure(error))
+
     # --- the end
 
     def lose(self, error: Exception) -> None:
@@ -510,9 +693,7 @@ class Connection:
             self.lost = error
             pending, self._pending = self._pending, {}
             asked, self._asked = self._asked, {}
-        payload = wire.encode_error({"ename": type(error).__name__, "evalue": str(error), "own": True})
-        now = time.time()
-        outcome = (Source(wire.NO_ENGINE, now), wire.Result(0, now, 0.0, 0, wire.ERROR, payload))
+        outcome = _failure(error)
         for ar, i in (*pending.values(), *[place for places in asked.values() for place in places]):
             ar._arrive(i, outcome)
         self._on_lost()
@@ -522,7 +703,8 @@ class Connection:
         if self._closed or self._pid != os.getpid():
             return
         with self._sock_lock:
-            if self.lost is None:
+            if self.lost is None and self.up:
+                self._resuming = False
                 self._send_outbox()
                 net.send(self._link.sock, [wire.BYE])
             self._closed = True
@@ -533,9 +715,17 @@ class Connection:
             self._thread.join()
         with self._lead if self._leader != threading.get_ident() else _nothing():
             self._link.close(1000)
-            self._context.term()
+            self._parted = True
+            self._end_context()
             self._wake_w.close()
             self._wake_r.close()
+
+
+def _failure(error: Exception) -> Any:
+    """The outcome of a task that no engine has brought about."""
+    now = time.time()
+    payload = wire.encode_error({"ename": type(error).__name__, "evalue": str(error), "own": True})
+    return Source(wire.NO_ENGINE, now), wire.Result(0, now, 0.0, 0, wire.ERROR, payload)
 
 
 class _nothing:

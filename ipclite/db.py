@@ -12,10 +12,10 @@ nothing says so when it is asked; one that has dropped a record says that, and w
 
 from __future__ import annotations
 
-import json
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
-from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Protocol, Sequence
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Protocol, Sequence, Union
 
 from . import wire
 from .errors import NoRecord
@@ -60,20 +60,6 @@ class Batch:
         self.when, self.function, self.fan, self.frame = when, function, fan, frame
 
 
-def read_arguments(frame: bytes) -> dict[int, wire.Payload]:
-    """The arguments of each task of a section in one piece, by number."""
-    return {seq + i: payload for _, _, tasks in wire.decode_tasks([b"", frame])
-            for seq, fan_out, payload in tasks for i in range(max(1, fan_out))}
-
-
-def read_spec(raw: bytes, fan: int, position: int) -> dict[str, Any]:
-    """The spec of the task at a position of a `Batch`."""
-    spec: dict[str, Any] = json.loads(raw)
-    if fan > 1:
-        spec["targets"] = [spec["targets"][position % fan]]
-    return spec
-
-
 class Section:
     """Results of tasks of one client that came together from one engine.
 
@@ -98,13 +84,57 @@ class Section:
             yield from wire.section_results(records, section)
 
 
+class Unfinished(NamedTuple):
+    """A task of a former run that has not ended.
+
+    Attributes:
+        spec: JSON, of this task alone.
+        attempt: the highest that is known to have been sent to an engine; 0 if none.
+        engine_uuid: the engine that it was sent to last; "" if none.
+        digest: of the function; b"" if it needs none.
+    """
+
+    key: wire.TaskKey
+    spec: bytes
+    payload: wire.Payload
+    attempt: int
+    engine_uuid: str
+    digest: bytes
+
+
 class TaskDB(Protocol):
     """What the controller asks of a database. Times are s since the epoch; task ids are text, as users see them.
 
-    `keeps` is False if it keeps nothing, so that nobody needs to prepare what it is told.
+    Attributes:
+        keeps: False if it keeps nothing, so that nobody needs to prepare what it is told.
+        persists: whether records outlive the controller. Becomes False with `failed`.
+        waits: whether questions may take long, so that they are not to be asked in the controller's thread.
+        wake_fd: readable when `collect` has something, or `failed` has changed; None if that never happens.
+        failed: "" or, once it had to give up keeping records, a sentence that says why.
     """
 
     keeps: bool
+    persists: bool
+    waits: bool
+    wake_fd: Optional[int]
+    failed: str
+
+    def open(self, profile_dir: Path, cluster_id: str) -> None:
+        """Begin: the controller is about to serve this cluster. Nothing else is called before.
+
+        Raises:
+            UserError: the store can't be used.
+        """
+
+    def collect(self) -> list[Union[Batch, Section]]:
+        """The batches and sections that have become safe since the last call, in the order in which they were handed in."""
+
+    def unfinished(self) -> Iterator[Unfinished]:
+        """The unfinished tasks of former runs of this cluster, in the order of submission. They stay on record: they are
+        not handed to `submitted` again."""
+
+    def function(self, session: bytes, digest: bytes) -> Optional[Function]:
+        """A function that tasks of former runs call."""
 
     def submitted(self, batch: Batch) -> None:
         """Tasks have come. Those that are on record already are left as they are."""
@@ -146,6 +176,12 @@ class TaskDB(Protocol):
     def update_record(self, msg_id: str, changes: Mapping[str, Any]) -> None:
         """Set keys of a record; raises like `get_record`, and ValueError for an unknown key."""
 
+    def stats(self) -> dict[str, Any]:
+        """Which database it is, where, how many tasks are on record, the limits."""
+
+    def vacuum(self) -> dict[str, Any]:
+        """Give back the room of what was dropped; returns `stats`."""
+
     def close(self) -> None:
         """Nothing will be asked any more."""
 
@@ -180,12 +216,14 @@ def _list(operand: Any, name: str) -> list[Any]:
 
 def _in(operand: Any, name: str) -> Condition:
     wanted = _list(operand, name)
-    return lambda value: value in wanted
+    texts = frozenset(w for w in wanted if type(w) is str)  # often thousands of ids
+    others = [w for w in wanted if type(w) is not str]
+    return lambda value: value in texts if type(value) is str else value in others
 
 
 def _nin(operand: Any, name: str) -> Condition:
-    unwanted = _list(operand, name)
-    return lambda value: value not in unwanted
+    unwanted = _in(operand, name)
+    return lambda value: not unwanted(value)
 
 
 def _all(operand: Any, name: str) -> Condition:
@@ -305,7 +343,39 @@ def size_of(payload: Any) -> int:
     return len(payload) if type(payload) is bytes else sum([memoryview(piece).nbytes for piece in payload])
 
 
-class NoDB:
+class Volatile:
+    """What every database says of lasting whose records end with the controller."""
+
+    persists = False
+    waits = False
+    wake_fd: Optional[int] = None
+    failed = ""
+
+    def open(self, profile_dir: Path, cluster_id: str) -> None:
+        """There is nothing to prepare."""
+
+    def collect(self) -> list[Union[Batch, Section]]:
+        """Nothing ever becomes safe."""
+        return []
+
+    def unfinished(self) -> Iterator[Unfinished]:
+        """Nothing is left of former runs."""
+        return iter(())
+
+    def function(self, session: bytes, digest: bytes) -> Optional[Function]:
+        """Nothing is left of former runs."""
+        return None
+
+    def stats(self) -> dict[str, Any]:
+        """See TaskDB."""
+        return {"database": type(self).__name__}
+
+    def vacuum(self) -> dict[str, Any]:
+        """There is nothing to give back."""
+        return self.stats()
+
+
+class NoDB(Volatile):
     """Keeps nothing, and says so when asked."""
 
     keeps = False

@@ -1,7 +1,7 @@
 """Task records in memory: of the last tasks that ended, and of all that have not.
 
     Batch ──► origins, payloads ─┐
-    (place: where it is now)     ├─ a block of rows per 256 numbers ──► _Row ──► a record
+    (place: where it is now)     ├─ a block of rows per 256 numbers ──► Row ──► a record
     Section ──► fates ───────────┘
 
 What the controller tells goes into slots of lists, a slice at a time, and points to the batch or section that it came
@@ -15,26 +15,21 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from datetime import datetime, timezone
-from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, Union
 
 from . import wire
-from .db import BUFFERS, KEYS, Batch, Section, check_keys, compile_query, read_arguments, read_spec, size_of
-from .errors import NoRecord, ProtocolError, RecordExpired
+from .db import KEYS, Batch, Section, Volatile, check_keys, compile_query, size_of
+from .errors import NoRecord, RecordExpired
+from .records import OUTPUT_MAX, Place, Row, read_arguments, shown_keys
 
 RECORD_LIMIT = 10_000  # finished tasks on record
 SIZE_LIMIT = 64 * 1024 * 1024  # bytes of their arguments, results and output
 ROW_SIZE = 200  # what a record takes besides, and ...
 SECTION_SIZE = 600  # ... what the messages that brought it do
-OUTPUT_MAX = 1 << 20  # characters of a task's output on record
 BLOCK = 256  # rows that are kept together
 KEPT_AT_LEAST = 0.8  # of the records that there may be, when whole sections are dropped
 OPENED = 64  # sections that are decoded at a time
 SESSIONS_KEPT = 1000  # clients of which is known how many tasks they had
-
-
-# Of an unfinished task: the engine's id and uuid and the attempt; None if it is on none.
-Place = Callable[[wire.TaskKey], Optional[Tuple[int, str, int]]]
 
 
 class _Origin:
@@ -71,121 +66,7 @@ class _Session:
         self.reason = ""
 
 
-class _Row:
-    """One task while its record is made: a method or attribute per key, worked out on demand."""
-
-    def __init__(self, key: wire.TaskKey, origin: _Origin, payload: Any, section: Optional[Section],
-                 extra: dict[str, Any], opened: Callable[[Union[Section, _Origin]], dict[int, Any]], place: Place):
-        self.key, self.origin, self._payload, self.extra = key, origin, payload, extra
-        self._spec: Optional[dict[str, Any]] = None
-        self.section, self._place = section, place
-        self._opened = opened
-
-    def __call__(self, key: str) -> Any:
-        return self.extra[key] if key in self.extra else FIELDS[key](self)
-
-    @property
-    def result(self) -> Optional[wire.Result]:
-        return None if self.section is None else self._opened(self.section)[self.key[1]]
-
-    @property
-    def payload(self) -> wire.Payload:
-        payload: wire.Payload = self._payload if self.origin.frame is None else self._opened(self.origin)[self.key[1]]
-        return payload
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        if self._spec is None:
-            self._spec = read_spec(self.origin.spec, self.origin.fan, self.key[1] - self.origin.first)
-        return self._spec
-
-    @property
-    def failure(self) -> dict[str, Any]:
-        result = self.result
-        if result is None or result.status == wire.OK:
-            return {}
-        try:
-            return wire.decode_error(result.payload)[0]
-        except ProtocolError as e:
-            return {"ename": "ProtocolError", "evalue": str(e)}
-
-    @property
-    def attempt(self) -> Optional[int]:
-        result = self.result
-        return self.place[2] if result is None else result.attempt
-
-    @property
-    def place(self) -> tuple[Optional[int], Optional[str], Optional[int]]:
-        if self.section is None:
-            return self._place(self.key) or (None, None, None)
-        ran = self.section.engine_id != wire.NO_ENGINE
-        return (self.section.engine_id, self.section.engine_uuid, None) if ran else (None, None, None)
-
-    def error(self) -> Optional[str]:
-        info = self.failure
-        return f"{info.get('ename')}: {info.get('evalue')}" if info else None
-
-    def status(self) -> str:
-        result = self.result
-        return "pending" if result is None else "error" if result.status else "ok"
-
-    def finished(self, what: Callable[[wire.Result], Any]) -> Any:
-        result = self.result
-        return None if result is None else what(result)
-
-    def printed(self, name: str) -> str:
-        return "".join(self.extra.get("." + name, ()))
-
-    def header(self) -> dict[str, Any]:
-        spec = self.spec
-        return {"msg_id": wire.msg_id(self.key), "msg_type": f"{spec.get('op')}_request", "session": self.key[0].hex(),
-                "date": _when(self.origin.when)}
-
-    def result_header(self) -> Any:
-        return self.finished(lambda r: {"status": self.status(), "engine_id": self("engine_id"),
-                                        "started": _when(r.started), "date": _when(r.started + r.duration)})
-
-
-FIELDS: dict[str, Callable[[_Row], Any]] = {
-    "msg_id": lambda row: wire.msg_id(row.key),
-    "client_uuid": lambda row: row.key[0].hex(),
-    "engine_uuid": lambda row: row.place[1],
-    "engine_id": lambda row: row.place[0],
-    "submitted": lambda row: _when(row.origin.when),
-    "started": lambda row: row.finished(lambda r: _when(r.started)),
-    "completed": lambda row: row.finished(lambda r: _when(r.started + r.duration)),
-    "received": lambda row: row.section and _when(row.section.received),
-    "resubmitted": lambda row: None,
-    "queue": lambda row: "task" if not row.spec.get("targets") else "mux",
-    "label": lambda row: row.spec.get("label"),
-    "status": _Row.status,
-    "error": _Row.error,
-    "ename": lambda row: row.failure.get("ename"),
-    "evalue": lambda row: row.failure.get("evalue"),
-    "attempt": lambda row: row.attempt,
-    "op": lambda row: row.spec.get("op"),
-    "fn": lambda row: row.spec.get("fn"),
-    "targets": lambda row: row.spec.get("targets"),
-    "stdout": lambda row: row.printed("stdout"),
-    "stderr": lambda row: row.printed("stderr"),
-    "header": _Row.header,
-    "metadata": lambda row: row.spec,
-    "result_header": _Row.result_header,
-    "buffers": lambda row: _pieces(row.payload),
-    "result_buffers": lambda row: row.finished(lambda r: _pieces(r.payload)),
-    "function": lambda row: None if row.origin.function is None else list(row.origin.function.frames),
-}
-
-
-def _when(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, timezone.utc)
-
-
-def _pieces(payload: wire.Payload) -> list[wire.Buffer]:
-    return [payload] if isinstance(payload, bytes) else list(payload)
-
-
-class DictDB:
+class DictDB(Volatile):
     """Records in memory, of the last tasks that finished and of all that have not.
 
     Args:
@@ -409,22 +290,22 @@ class DictDB:
             if isinstance(source, Section):
                 found = {r.seq: r for r in source.results()}
             else:
-                found = read_arguments(source.frame or b"")
+                found = read_arguments([source.frame or b""])
             self._opened[source] = found
         return found
 
-    def _row(self, key: wire.TaskKey, block: _Block, i: int) -> _Row:
+    def _row(self, key: wire.TaskKey, block: _Block, i: int) -> Row:
         origin = block.origins[i]
         assert origin is not None
-        return _Row(key, origin, block.payloads[i], block.fates[i], self._extra.get(key, {}), self._open, self._place)
+        return Row(key, origin, block.payloads[i], block.fates[i], self._extra.get(key, {}), self._open, self._place)
 
-    def _rows(self) -> list[_Row]:
+    def _rows(self) -> list[Row]:
         """All tasks on record, in the order of submission."""
         self._expire()
         rows = [self._row((name, number * BLOCK + i), block, i)
                 for name, session in self._sessions.items() for number, block in session.blocks.items()
                 for i, origin in enumerate(block.origins) if origin is not None]
-        rows.sort(key=lambda row: (row.origin.order, row.key[1]))
+        rows.sort(key=lambda row: (row.origin.order, row.key[1]))  # type: ignore[attr-defined]  # they are ours
         return rows
 
     def get_record(self, msg_id: str) -> dict[str, Any]:
@@ -437,9 +318,7 @@ class DictDB:
     def find_records(self, query: Mapping[str, Any], keys: Optional[Iterable[str]] = None) -> list[dict[str, Any]]:
         """See TaskDB."""
         matches = compile_query(query)
-        if keys is None:
-            keys = [k for k in KEYS if k not in BUFFERS]
-        wanted = list(dict.fromkeys(["msg_id", *check_keys(keys)]))
+        wanted = shown_keys(keys)
         return [{k: row(k) for k in wanted} for row in self._rows() if matches(row)]
 
     def get_history(self) -> list[str]:
@@ -469,6 +348,14 @@ class DictDB:
         """See TaskDB."""
         check_keys(changes)
         self._extra.setdefault(self._known(msg_id), {}).update(changes)
+
+    def stats(self) -> dict[str, Any]:
+        """See TaskDB."""
+        self._expire()
+        live = sum(block.live for session in self._sessions.values() for block in session.blocks.values())
+        return {"database": "DictDB", "finished": self.count, "unfinished": live - self.count, "clients": len(self._sessions),
+                "bytes": int(self.size), "record_limit": self.record_limit, "size_limit": self.size_limit,
+                "record_age": self.record_age}
 
     def close(self) -> None:
         """See TaskDB."""

@@ -11,6 +11,7 @@ Nothing here waits for or asks anybody: the callers bring what is to be shown. I
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
@@ -67,17 +68,21 @@ class ExecuteReply:
 
     def display(self) -> None:
         """Show the value, if there is one: richly in a notebook, as text elsewhere."""
-        if not self.data:
-            return
-        if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
-            from IPython.display import display
-
-            display(self._repr_mimebundle_(), raw=True)
-        else:
-            print(self._text())
+        if self.data:
+            show(self._repr_mimebundle_())
 
 
 # --- output of tasks
+
+
+def show(bundle: dict[str, Any]) -> None:
+    """Show a MIME bundle: richly in a notebook, as text elsewhere."""
+    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
+        from IPython.display import display
+
+        display(bundle, raw=True)
+    else:
+        print(bundle.get("text/plain", ""))
 
 
 def _stream(name: str) -> TextIO:
@@ -101,10 +106,14 @@ class Streamer:
         self._trouble: Optional[Exception] = None
 
     def __call__(self, name: str, engine_id: Any, text: str) -> None:
-        """Print a piece. A stream that fails does so in `end`: the pieces come in a thread that serves others, too."""
+        """Print a piece, or show it if it comes from `display`. A stream that fails does so in `end`: the pieces come in a
+        thread that serves others, too."""
         if text and self._trouble is None:
             try:
-                self._print(name, engine_id, text)
+                if name == "display":
+                    show(json.loads(text))
+                else:
+                    self._print(name, engine_id, text)
             except Exception as e:
                 self._trouble = e
 
@@ -137,14 +146,14 @@ class Streamer:
             self._open.clear()
 
 
-def show_outputs(tasks: Sequence[tuple[Any, str, str, Any]], groupby: str, result_only: bool, prefixes: bool) -> None:
+def show_outputs(tasks: Sequence[tuple[Any, str, str, Sequence[Any], Any]], groupby: str, result_only: bool, prefixes: bool) -> None:
     """Print what tasks have printed, and show the values of `execute`.
 
     Args:
-        tasks: (engine id, stdout, stderr, value) of each.
-        groupby: "type": all of stdout, then all of stderr, then all values; "engine": engine by engine; "order": task
-            by task.
-        result_only: leave out stdout and stderr.
+        tasks: (engine id, stdout, stderr, what was given to `display`, value) of each.
+        groupby: "type": all of stdout, then all of stderr, then all that was displayed, then all values; "engine": engine by
+            engine; "order": task by task.
+        result_only: show values alone.
         prefixes: tell whose each line is.
 
     Raises:
@@ -154,13 +163,16 @@ def show_outputs(tasks: Sequence[tuple[Any, str, str, Any]], groupby: str, resul
         raise ValueError(f"groupby must be 'type', 'engine' or 'order', not {groupby!r}")
     if groupby == "engine":
         tasks = sorted(tasks, key=lambda task: -1 if task[0] is None else task[0])
-    kinds = (3,) if result_only else (1, 2, 3)
+    kinds = (4,) if result_only else (1, 2, 3, 4)
     steps = [(task, kind) for kind in kinds for task in tasks] if groupby == "type" else [
         (task, kind) for task in tasks for kind in kinds]
     for task, kind in steps:
-        if kind == 3:
-            if isinstance(task[3], ExecuteReply):
-                task[3].display()
+        if kind == 4:
+            if isinstance(task[4], ExecuteReply):
+                task[4].display()
+        elif kind == 3:
+            for bundle in task[3]:
+                show(bundle)
         elif task[kind]:
             name = "stdout" if kind == 1 else "stderr"
             stream = _stream(name)

@@ -29,6 +29,10 @@ FILES_PER_ENGINE = 2  # connections to the controller: its own, and its share of
 FEW_FILES = 1024
 COMMANDS = {"sbatch": "Slurm", "qsub": "PBS or Grid Engine", "bsub": "LSF", "condor_submit": "HTCondor",
             "mpiexec": "MPI", "srun": "Slurm", "ssh": "ssh"}
+# Launcher -> the command that it starts with, and the settings that name another one.
+STARTERS = {"slurm": ("sbatch", "submit_command"), "pbs": ("qsub", "submit_command"), "sge": ("qsub", "submit_command"),
+            "lsf": ("bsub", "submit_command"), "htcondor": ("condor_submit", "submit_command"),
+            "mpi": ("mpiexec", "mpi_cmd")}
 
 
 class Verdict(NamedTuple):
@@ -60,6 +64,9 @@ class Doctor:
         yield self._clock()
         yield self._open_files()
         yield self._commands()
+        for role in ("controller", "engine"):
+            yield self._try(f"launcher of the {role}s" if role == "engine" else "launcher of the controller",
+                            lambda role=role: self._launcher(role))
 
     def _try(self, step: str, look: Callable[[], str]) -> Verdict:
         try:
@@ -70,6 +77,9 @@ class Doctor:
     def _settings(self, app: str) -> str:
         config.load("cluster start" if app == "cluster" else app, self.profile_dir)
         path = self.profile_dir / f"ip{app}_config.py"
+        for file in (path, self.profile_dir):
+            if os.name == "posix" and file.exists() and file.stat().st_mode & 0o002:
+                raise ConfigError(f"{file} can be written by others, who could run code as you by it; run `chmod o-w {file}`.")
         return f"{path} can be read" if path.exists() else f"no {path.name}, so the defaults hold"
 
     def _profile(self) -> Iterator[Verdict]:
@@ -97,10 +107,7 @@ class Doctor:
         info: Dict[str, Any] = {}
 
         def read() -> str:
-            try:
-                info.update(config.read_connection(path, role, wire.VERSION))
-            except ConnectionFileError as e:
-                raise ConnectionFileError(f"{e}{self._other_ids(role)}") from None
+            info.update(config.read_connection(path, role, wire.VERSION))
             return f"{path} is whole and yours alone"
 
         steps: List[tuple[str, Callable[[], str]]] = [
@@ -113,14 +120,8 @@ class Doctor:
             if verdict.result == FAIL:
                 return
 
-    def _other_ids(self, role: str) -> str:
-        ids = [path.name[len("ipcontroller-"):-len(f"-{role}.json")]
-               for path in sorted(self.profile_dir.glob(f"security/ipcontroller-*-{role}.json"))]
-        others = [found for found in ids if found != self.cluster_id]
-        return f" There are files of --cluster-id={', '.join(others)}." if others else ""
-
     def _alive(self, info: Dict[str, Any]) -> str:
-        dead = config.dead_run(info)
+        dead = net.ended_run(info)
         if dead:
             raise ConnectionFileError(f"The file is of a run that has ended: {dead}; start a new cluster, or run "
                                       "`ipcluster clean`.")
@@ -133,6 +134,8 @@ class Doctor:
     def _name(self, info: Dict[str, Any]) -> str:
         if net.is_local(info):
             return "not needed: the controller is on this host"
+        if net.needs_tunnel(info) and not info["url"]:
+            return f"not needed: the controller's socket is on {info['ssh']}"
         host = net.endpoint(info)[0].strip("[]")
         if net.needs_tunnel(info):
             return f"{host} is looked up on {info['ssh']}"
@@ -151,7 +154,7 @@ class Doctor:
         if net.is_local(info):
             return f"{info['ipc']} is there"
         if net.needs_tunnel(info):
-            return f"{info['url']} is reached through ssh to {info['ssh']}"
+            return f"{info['url'] or info['ipc']} is reached through ssh to {info['ssh']}"
         if not net.takes_connections(info, PROBE_S):
             raise ConnectionFileError(f"Nothing answers at {info['url']}; is the controller running, does it listen on "
                                       "this network (--ip), is a firewall in the way?")
@@ -215,6 +218,25 @@ class Doctor:
     def _commands(self) -> Verdict:
         found = [f"{command} ({system})" for command, system in COMMANDS.items() if shutil.which(command)]
         return Verdict("commands", OK, "on PATH: " + (", ".join(found) or "none of " + ", ".join(COMMANDS)))
+
+
+    def _launcher(self, role: str) -> str:
+        """Can the launcher that the profile chooses be found, and the command that it starts with?"""
+        from .launchers import find_launcher, launcher_name
+
+        settings = config.load(config.START, self.profile_dir)
+        kind = find_launcher(role, settings[f"Cluster.{role}_launcher_class"])
+        name = launcher_name(kind)
+        command, setting = STARTERS.get(name, ("", ""))
+        given = settings.section(*(c.__name__ for c in reversed(kind.__mro__))).get(setting)
+        command = str(given[0] if isinstance(given, list) and given else given or command)
+        if not command:
+            return name
+        found = shutil.which(command)
+        if found is None:
+            raise ConfigError(f"{name} starts with {command}, which is not on PATH here; load its module, or set "
+                              f"c.{kind.__name__}.{setting}.")
+        return f"{name}, by {found}"
 
 
 def examine(settings: config.Settings) -> int:

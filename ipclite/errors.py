@@ -272,6 +272,38 @@ class AlreadyDisplayedError(RemoteError):
     """A remote error whose traceback has been shown already."""
 
 
+def collect_exceptions(results: Any, method: str = "the calls") -> Any:
+    """Results as they are, a list of them or a dict, unless exceptions are among them.
+
+    Args:
+        method: names what was called, for the message.
+
+    Raises:
+        CompositeError: with the exceptions.
+    """
+    values = results.values() if isinstance(results, dict) else results
+    elist = [value for value in values if isinstance(value, BaseException)]
+    if elist:
+        raise CompositeError(f"{len(elist)} exceptions in {method}", elist)
+    return results
+
+
+def wrap_exception(engine_info: Optional[dict[str, Any]] = None) -> dict[str, Any]:
+    """The exception that is being handled, as a dict of texts that can be sent as JSON."""
+    import traceback
+
+    kind, error, trace = sys.exc_info()
+    if kind is None:
+        raise RuntimeError("no exception is being handled")
+    return {"status": "error", "ename": kind.__name__, "evalue": str(error), "engine_info": dict(engine_info or {}),
+            "traceback": "".join(traceback.format_exception(kind, error, trace))}
+
+
+def unwrap_exception(content: dict[str, Any]) -> RemoteError:
+    """A `RemoteError` of what `wrap_exception` has told."""
+    return RemoteError(content["ename"], content["evalue"], content.get("traceback", ""), content.get("engine_info"))
+
+
 def remote_error(info: dict[str, Any], original: Optional[BaseException] = None) -> KernelError:
     """Build the exception that the client raises for a failed task.
 

@@ -99,7 +99,7 @@ class ViewExecutor(Executor):
         if cancel_futures:
             for ar in pending.values():
                 ar._withdrawn = True
-            self.view.client.abort(list(pending.values()))
+            self.view.client.abort(list(pending.values()), block=False)
         if wait:
             self.view.client.wait(list(pending.values()))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import stat
 import threading
@@ -85,13 +86,61 @@ def _break_lock(path: Path, aside: Path) -> bool:
         dead = False  # it is being written, or garbage that grows old
     if not dead and age_s < LOCK_AGE_S:
         return False
+    _remove_lock(path, aside, before)
+    return True
+
+
+def _remove_lock(path: Path, aside: Path, before: bytes) -> None:
     with contextlib.suppress(FileNotFoundError):  # others are breaking it as well
         path.rename(aside)
         if aside.read_bytes() != before:  # they were quicker, and this is the next holder's
             with contextlib.suppress(FileExistsError):
                 os.link(aside, path)
         aside.unlink()
-    return True
+
+
+def take_hold(path: PathLike) -> str:
+    """Lock the file `path` for as long as this process lives, also against other hosts that see it.
+
+    A holder on this host that has ended does not count; nor does one on another host that has not called `keep_hold` for
+    `LOCK_AGE_S`.
+
+    Returns:
+        "", or who holds it.
+
+    Raises:
+        ConfigError: the directory can't be written.
+    """
+    path = Path(path)
+    own = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
+    write_json(own, {"host": socket.gethostname(), "pid": os.getpid(), "pid_start": process_start(os.getpid())})
+    try:
+        while not _take_lock(own, path):
+            try:
+                before, age_s = path.read_bytes(), own.stat().st_mtime - path.stat().st_mtime
+                holder = json.loads(before)
+                here = holder["host"] == socket.gethostname()
+                if process_alive(holder["pid"], holder["pid_start"]) if here else age_s < LOCK_AGE_S:
+                    return f"pid {holder['pid']} on {holder['host']}"
+            except FileNotFoundError:
+                continue
+            except (ValueError, KeyError, TypeError):
+                if own.stat().st_mtime - path.stat().st_mtime < LOCK_AGE_S:  # it is being written, or garbage that grows old
+                    return f"whoever has just written {path}"
+            _remove_lock(path, own.with_name(own.name + ".stale"), before)
+    finally:
+        own.unlink()
+    return ""
+
+
+def keep_hold(path: PathLike) -> bool:
+    """Say that we still hold a lock; False if another process has taken it."""
+    try:
+        holder = json.loads(Path(path).read_bytes())
+        os.utime(path)
+    except (OSError, ValueError):
+        return False
+    return bool((holder["host"], holder["pid"]) == (socket.gethostname(), os.getpid()))
 
 
 def runtime_dir() -> Path:
@@ -134,6 +183,16 @@ def connection_file(profile_dir: PathLike, cluster_id: str, role: str) -> Path:
 def cluster_file(profile_dir: PathLike, cluster_id: str) -> Path:
     """`<profile>/security/cluster-<cluster_id>.json`"""
     return Path(profile_dir, "security", f"cluster-{cluster_id}.json")
+
+
+def names_jobs(path: PathLike) -> bool:
+    """Does a cluster file name jobs of a batch system? They can be cancelled from anywhere, by who reads it."""
+    try:
+        found = read_json(path)
+        states = [*found.get("engines", {}).get("sets", {}).values(), found.get("controller", {}).get("state", {})]
+        return any("jobs" in state for state in states)
+    except (ConnectionFileError, AttributeError, TypeError):
+        return False
 
 
 def remove_sockets(info: Dict[str, Any]) -> None:
@@ -193,7 +252,7 @@ def read_json(path: PathLike) -> Dict[str, Any]:
         raise ConnectionFileError(f"{path} is empty; restart the controller, which writes it.")
     try:
         found = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ConnectionFileError(f"{path} is cut short or no JSON ({e}); restart the controller, which writes "
                                   "it.") from None
     if not isinstance(found, dict):
@@ -211,10 +270,26 @@ def read_connection(path: PathLike, role: Optional[str] = None, protocol: Option
     Raises:
         ConnectionFileError: names what is wrong with it.
     """
-    info = check_connection(read_json(path), os.fspath(path), role, protocol)
+    try:
+        found = read_json(path)
+    except ConnectionFileError as e:
+        raise ConnectionFileError(f"{e}{_others(Path(path))}") from None
+    info = check_connection(found, os.fspath(path), role, protocol)
     if os.name == "posix" and Path(path).stat().st_mode & 0o077:
         raise ConnectionFileError(f"{path} can be read by others, who could use its keys; run `chmod 600 {path}`.")
     return info
+
+
+def _others(path: Path) -> str:
+    """What to say about a connection file that is not there: which clusters do have one, or how to start one."""
+    match = re.fullmatch(r"ipcontroller(?:-.+)?-(client|engine)\.json", path.name)
+    if match is None or path.exists():
+        return ""
+    names = sorted(other.name for other in path.parent.glob(f"ipcontroller*-{match[1]}.json"))
+    ids = [name[len("ipcontroller"):-len(f"-{match[1]}.json")].lstrip("-") or "''" for name in names]
+    if ids:
+        return f" There are files of --cluster-id={', '.join(ids)} (cluster_id=)."
+    return " `ipcluster start` starts one, with engines." if match[1] == "client" else ""
 
 
 def check_connection(info: Dict[str, Any], where: str, role: Optional[str] = None,
@@ -264,7 +339,7 @@ def process_start(pid: int) -> Optional[str]:
 
 def process_alive(pid: int, started: Optional[str] = None) -> bool:
     """Is process `pid` running, and the one that had `process_start(pid) == started`? A zombie is not."""
-    if pid <= 0:
+    if not 0 < pid < 1 << 31:
         return False
     if os.name == "posix":
         try:

@@ -4,7 +4,7 @@
     depend, require, dependent     a check that the engine makes before the call; where it fails another engine is tried
     Dependency                     other tasks that must have ended first
     remote, parallel, interactive  decorators
-    publish_data                   for tasks that want to be heard before they end
+    publish_data, current_task     for tasks that want to be heard before they end, or to know which attempt they are
 
 Engines import this file when something of it arrives, so it imports next to nothing.
 """
@@ -354,6 +354,21 @@ def parallel(view: Any, dist: str = "b", block: Optional[bool] = None, ordered: 
     return lambda f: ParallelFunction(view, f, dist, block, ordered=ordered, **options)
 
 
+def current_task() -> Optional[types.SimpleNamespace]:
+    """The task that this engine is running; None on no engine, or between tasks.
+
+    Returns:
+        `msg_id`, `attempt`, `engine_id` and `engine_uuid`. An attempt of 1 is the first that was given to an engine. A higher one
+        says that the task may have been started before, so that what it does besides returning a value may be there already.
+
+    Example:
+        >>> rc[0].apply_sync(lambda: ipp.current_task().attempt)
+        1
+    """
+    found = pack.current_task()
+    return None if found is None else types.SimpleNamespace(**found)
+
+
 def publish_data(data: dict[str, Any]) -> None:
     """Send data to the client while the task that calls this runs: they are merged into the `data` of its AsyncResult.
 
@@ -371,6 +386,21 @@ def publish_data(data: dict[str, Any]) -> None:
     if not isinstance(data, dict):
         raise TypeError(f"publish_data takes a dict, not {type(data).__name__}")
     pack.publish(data)
+
+
+def use_pickle() -> None:
+    """Pickle as at first, in this process; `DirectView.use_pickle` does so on engines as well, and says what it means."""
+    pack.use("pickle")
+
+
+def use_cloudpickle() -> None:
+    """In this process, what `DirectView.use_cloudpickle` does here and on engines."""
+    pack.use("cloudpickle")
+
+
+def use_dill() -> None:
+    """In this process, what `DirectView.use_dill` does here and on engines."""
+    pack.use("dill")
 
 
 # ---------------------------------------------------------------- imports

@@ -337,7 +337,7 @@ class TaskFuture(Future):  # type: ignore[type-arg]
     def abort(self, interrupt: bool = False) -> None:
         """Take back the tasks that have not started; they fail with `TaskAborted`. What runs goes on, or is
         interrupted if `interrupt` says so; see `Client.abort`."""
-        self._client.abort(self, interrupt=interrupt)
+        self._client.abort(self, block=False, interrupt=interrupt)
 
     def cancel(self, interrupt: bool = False) -> bool:
         """Give up on the result: tasks that have not started are taken back, those that run go on (`interrupt=True`:
@@ -351,6 +351,10 @@ class TaskFuture(Future):  # type: ignore[type-arg]
             self.abort(interrupt)
             self._client._connection._wake()  # another thread may lead, and wait for this
         return self.cancelled()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{self!r} can not leave this process: pass its value, as get() returns it, or let the task wait for it, by the "
+                        "flag after or follow of a LoadBalancedView")
 
     def __await__(self) -> Iterator[Any]:
         import asyncio

@@ -102,7 +102,7 @@ def purge(ar: AsyncResult, i: int) -> None:
         ar._values = {}
     ar._values[i] = RecordExpired(f"the result of task {ar.msg_ids[i]} was purged")
     ar._outcomes[i] = (source, result._replace(status=wire.ERROR, payload=None))
-    for name in ("stdout", "stderr", "data"):
+    for name in (*wire.PRINTED, *wire.TOLD):
         (ar._output or {}).pop((i, name), None)
 
 
@@ -126,8 +126,8 @@ class AsyncHubResult(AsyncResult):
 
     Example:
         >>> ids = rc.load_balanced_view().apply_async(abs, -5).msg_ids
-        >>> rc.get_result(ids).get()
-        5
+        >>> rc.get_result(ids[0]).get(), rc.get_result(ids).get()
+        (5, [5])
     """
 
     def __init__(self, client: Any, keys: Sequence[wire.TaskKey], tasks: Sequence[Mapping[str, Any]], single: bool,

@@ -291,7 +291,7 @@ class _Run:
         with self._condition:
             chunks = [chunk for chunk in self._out if chunk._count]  # those that have been submitted
         if chunks and self.connection.lost is None:
-            self.view.client.abort(chunks)
+            self.view.client.abort(chunks, block=False)
 
 
 def _packed(chunk: _Chunk, items: list[Any]) -> Any:
@@ -348,6 +348,11 @@ class LazyMapIterator:
 
     def __iter__(self) -> "LazyMapIterator":
         return self
+
+    def __repr__(self) -> str:
+        run = self._run
+        state = "closed" if self._closed else "no more items" if run.stopped or run._fed else "running"
+        return f"<LazyMapIterator({run.name}): {state}, {run._out_items} items under way>"
 
     def __next__(self) -> Any:
         with self._lock:

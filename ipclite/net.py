@@ -11,11 +11,14 @@ is never mended behind our back (a silent reconnect can lose messages): it is re
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
+import re
 import select
 import socket as stdsocket
+import sys
 import time
 from typing import Any, Iterable, NamedTuple, Optional, Sequence
 
@@ -25,7 +28,7 @@ from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
 from . import wire
-from .config import dead_run
+from .config import dead_run, log
 from .errors import ConfigError, ConnectError, LauncherError, ProtocolError
 
 POLLIN = int(zmq.POLLIN)  # plain ints: pyzmq's enums cost microseconds at every use
@@ -34,6 +37,8 @@ Again = zmq.Again
 NetError = zmq.ZMQError
 
 LARGE = 64 * 1024  # from here on frames are handed over rather than copied
+SIOCGIFADDR = 0x8915
+PROBE_S = 1.5  # to see whether the controller can be reached by one of its addresses
 HANDSHAKE_S = 5.0  # a peer that is there answers well within this
 # Answered by libzmq's own thread, whatever Python is doing; but not while one large message is under way on a slow link.
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 3000, 30000
@@ -45,6 +50,7 @@ _MONITORED = (zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETA
               | zmq.EVENT_CONNECTED)
 
 
+ANY = ("*", "0.0.0.0", "::")  # all addresses of this host
 WELCOME_FIELDS = {"run_id": str, "cluster_id": str, "silence_s": (int, float), "max_task_bytes": int}
 
 
@@ -66,6 +72,11 @@ def make_keys() -> KeyPair:
         return KeyPair(os.urandom(20).hex(), os.urandom(20).hex())
     public, secret = zmq.curve_keypair()
     return KeyPair(public.decode(), secret.decode())
+
+
+def is_key(text: Any) -> bool:
+    """Whether this can be one of the two of a pair."""
+    return isinstance(text, str) and re.fullmatch(r"[0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-]{40}", text) is not None
 
 
 def token(secret_key: str) -> str:
@@ -165,18 +176,18 @@ class Link:
         self.info = info
         self.local = is_local(info)
         self.tunnel = tunnel if needs_tunnel(info) else None
-        self.address = f"ipc://{info['ipc']}" if self.local else "tcp://%s:%d" % endpoint(info)
+        far = self.tunnel is not None and not info["url"]  # a socket file on the ssh server
+        self.address = f"ipc://{far_socket(info)}" if far else f"ipc://{info['ipc']}" if self.local else "tcp://%s:%d" % endpoint(info)
         self._door = self.address  # what is dialled
         self._context = context
         self.sock = context.socket(zmq.DEALER)
         _prepare(self.sock)
         self.sock.setsockopt(zmq.RECONNECT_IVL, -1)
         self.sock.setsockopt(zmq.SNDTIMEO, 0)  # once the connection is broken, sending would block for ever
-        if not self.local:
-            if info["server_key"]:
-                self.sock.curve_serverkey = info["server_key"].encode()
-                self.sock.curve_publickey = info["public_key"].encode()
-                self.sock.curve_secretkey = info["secret_key"].encode()
+        if not self.local and not far and info["server_key"]:
+            self.sock.curve_serverkey = info["server_key"].encode()
+            self.sock.curve_publickey = info["public_key"].encode()
+            self.sock.curve_secretkey = info["secret_key"].encode()
         self.monitor = self.sock.get_monitor_socket(_MONITORED)
         self.lost: Optional[str] = None  # why, once the connection is broken
 
@@ -192,7 +203,20 @@ class Link:
         elif needs_tunnel(self.info):
             raise ConnectError(f"the controller on {self.info['host']} is reached through ssh to {self.info['ssh']} only")
         elif not self.local:
-            _resolve(self.address)
+            self._choose_address(timeout_s)
+
+    def _choose_address(self, timeout_s: float) -> None:
+        """The controller gives its host's name, and its addresses in case the name leads nowhere from here: compute nodes
+        may not know the login node's name, or know it by an address that they can't reach."""
+        host, port = endpoint(self.info)
+        others = [_bracket(other) for other in self.info.get("addresses", ())]
+        if self.info.get("location") == self.info["host"]:  # nobody knew better
+            deadline = time.monotonic() + timeout_s / 2
+            for candidate in [host, *others] if others else ():
+                if time.monotonic() < deadline and _answers(candidate, port, PROBE_S):
+                    self.address = self._door = f"tcp://{candidate}:{port}"
+                    break
+        _resolve(self.address)
 
     def dial(self, timeout_s: float = HANDSHAKE_S) -> None:
         """Connect and wait for the handshake.
@@ -212,6 +236,7 @@ class Link:
             raise ConnectError(f"{e}: {trouble}") if trouble else e from None
 
     def _dial(self, timeout_s: float) -> None:
+        log("net").debug("dialling %s", self.address if self._door == self.address else f"{self.address} by {self._door}")
         self.sock.connect(self._door)
         deadline = time.monotonic() + timeout_s
         connected = False
@@ -234,7 +259,22 @@ class Link:
                 raise ConnectError(f"{self.address} broke off the handshake: the connection file's key is not this "
                                    "controller's, or something else listens there; copy the file again")
             else:
-                raise ConnectError(f"{self.address} refused the connection: the controller is gone")
+                raise ConnectError(f"{self.address} {self._refusal()}: the controller is gone, or has another address now; start it, "
+                                   "or copy the connection file again")
+
+    def _refusal(self) -> str:
+        """Why nothing answers where we dialled; libzmq does not tell."""
+        host, port = self._door.rpartition("//")[2].rpartition(":")[::2]
+        try:
+            if port.isdecimal():
+                stdsocket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
+        except ConnectionRefusedError:
+            pass
+        except stdsocket.timeout:
+            return "does not answer (is a firewall in the way, or the host down?)"
+        except OSError as e:
+            return f"can't be reached ({e.strerror or e})"
+        return "refused the connection"
 
     def check(self) -> Optional[str]:
         """Why the connection is lost, or None. To be called when `monitor` is readable."""
@@ -266,23 +306,35 @@ def needs_tunnel(info: dict[str, Any]) -> bool:
     return bool(info.get("ssh")) and not is_local(info)
 
 
+def through_ssh(info: dict[str, Any], server: str) -> dict[str, Any]:
+    """A connection file's content as it is for somebody who is to go through the ssh server `server`, even on this host."""
+    return {**info, "ssh": server, "ipc": "", "far_ipc": info["ipc"]}
+
+
+def far_socket(info: dict[str, Any]) -> str:
+    """The path of the controller's socket on its host."""
+    return str(info.get("far_ipc") or info["ipc"])
+
+
 def endpoint(info: dict[str, Any]) -> tuple[str, int]:
     """Where the controller listens: (host, with brackets if need be, port). A `location` that somebody wrote into the file
     counts, but nothing leads to a loopback address from elsewhere.
 
     Raises:
-        ConnectError: it listens on no port.
+        ConnectError: it listens on no port, or `url` is no address.
     """
     if not info["url"]:
         raise ConnectError(f"the controller on {info['host']} listens on that host only; restart it with --ip=* (or --ip=ADDRESS) "
-                           "to reach it from here")
+                           f"to reach it from here, or go through ssh to that host with --ssh={info['host']} (sshserver=)")
     host, _, port = info["url"].rpartition("//")[2].rpartition(":")
+    if not host or not (port.isdecimal() and 0 < int(port) < 65536):
+        raise ConnectError(f"'url' in the connection file has the form tcp://host:port, unlike {info['url']!r}; copy the file again")
     return (host if is_loopback(host) else _bracket(info.get("location", "").strip("[]")) or host), int(port)
 
 
 def tunnel_to(info: dict[str, Any], tunnel: Any, timeout_s: float = 2 * HANDSHAKE_S) -> str:
     """See to it that `tunnel` leads to the controller; returns the address of its near end. Raises what its `reach` does."""
-    host, port = endpoint(info)
+    host, port = endpoint(info) if info["url"] else (far_socket(info), 0)
     return str(tunnel.reach(info["ssh"], host.strip("[]"), port, info["host"], timeout_s))
 
 
@@ -316,7 +368,9 @@ def greet(context: Any, info: dict[str, Any], hello: dict[str, Any], timeout_s: 
                 raise ConnectError(f"the controller at {link.address} took the connection but said nothing in {timeout_s:g} s")
             ready = watch.wait(wait_s)
             if link.sock in ready:
-                return link, _welcome(link, recv(link.sock))
+                welcome = _welcome(link, recv(link.sock))
+                log("net").debug("welcome at %s, run %s, controller %s", link.address, welcome["run_id"], welcome.get("version"))
+                return link, welcome
             if link.monitor in ready and link.check():
                 raise ConnectError(f"{link.lost} before it answered")
     except BaseException:
@@ -347,16 +401,103 @@ def _is_engine(body: Any) -> bool:
 def takes_connections(info: dict[str, Any], timeout_s: float = 2.0) -> bool:
     """Whether something listens at the address in a connection file."""
     try:
-        host, port = endpoint(info)
+        return _answers(*endpoint(info), timeout_s)
+    except ConnectError:  # it has no address
+        return False
+
+
+def _answers(host: str, port: int, timeout_s: float) -> bool:
+    try:
         stdsocket.create_connection((host.strip("[]"), port), timeout_s).close()
-    except (OSError, ValueError):  # a ConnectError, without an address, is an OSError
+    except (OSError, ValueError):
         return False
     return True
+
+
+def ended_run(info: dict[str, Any]) -> str:
+    """As `dead_run`; but a copy of a file that stays valid (`--reuse`) may be of an earlier run of a controller that serves."""
+    dead = dead_run(info)
+    return "" if dead and info.get("reuse") and info["url"] and takes_connections(info, HANDSHAKE_S) else dead
+
+
+def refuses(info: dict[str, Any], timeout_s: float = 2.0) -> bool:
+    """Whether the controller's host says that nothing listens at the address in a connection file. Through ssh nobody knows."""
+    if is_local(info) or needs_tunnel(info):
+        return False
+    try:
+        host, port = endpoint(info)
+        stdsocket.create_connection((host.strip("[]"), port), timeout_s).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        pass  # it can not be reached, which may pass
+    return False
 
 
 def controller_gone(info: dict[str, Any]) -> bool:
     """Whether the controller of this connection file is certainly dead: it ran on this host and its process is not there."""
     return not needs_tunnel(info) and bool(dead_run(info))
+
+
+def key_in_hex(public: str) -> str:
+    """A public key as it may stand in an address."""
+    return z85.decode(public.encode()).hex()
+
+
+def key_of_hex(text: str) -> str:
+    """The inverse of `key_in_hex`. Raises ValueError."""
+    return z85.encode(bytes.fromhex(text)).decode()
+
+
+def line_sender(context: Any, address: str, key: str, kept: int, linger_ms: int) -> Any:
+    """A socket that sends messages to a logger whenever that is there; of those that can't be sent, `kept` wait.
+
+    Args:
+        key: the logger's public key, by `key_in_hex`.
+
+    Raises:
+        ConfigError: this libzmq can not encrypt, or the key or address is none.
+    """
+    _must_encrypt()
+    sock = context.socket(zmq.PUSH)
+    _prepare(sock)
+    sock.set_hwm(kept)
+    sock.setsockopt(zmq.SNDTIMEO, 0)
+    sock.linger = linger_ms
+    own = make_keys()
+    try:
+        sock.curve_serverkey, sock.curve_publickey, sock.curve_secretkey = (
+            text.encode() for text in (key_of_hex(key), own.public, own.secret))
+        sock.connect(address)
+    except (ValueError, zmq.ZMQError) as e:
+        raise ConfigError(f"the logger's address {address} or its key is none: {e}") from None
+    return sock
+
+
+def line_listener(context: Any, ip: str, port: int, keys: KeyPair, max_bytes: int) -> tuple[Any, int]:
+    """A socket that takes what senders of lines send, and its port.
+
+    Raises:
+        ConfigError: this libzmq can not encrypt, or the address can't be used.
+    """
+    _must_encrypt()
+    sock = context.socket(zmq.PULL)
+    _prepare(sock)
+    sock.set_hwm(1000)
+    sock.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+    sock.curve_server = True
+    sock.curve_secretkey, sock.curve_publickey = keys.secret.encode(), keys.public.encode()
+    try:
+        sock.bind(f"tcp://{ip}:{port}")
+    except zmq.ZMQError as e:
+        sock.close(0)
+        raise ConfigError(f"can not listen on {ip}:{port}: {_words(e)}; give another --url") from None
+    return sock, int(sock.last_endpoint.decode().rpartition(":")[2])
+
+
+def _must_encrypt() -> None:
+    if not has_curve():
+        raise ConfigError("this libzmq has no CURVE encryption, so log lines are not sent; install pyzmq from its wheel")
 
 
 class Ports:
@@ -371,6 +512,7 @@ class Ports:
     def __init__(self, context: Any, server: KeyPair, max_bytes: int):
         self._context, self._server, self._max_bytes = context, server, max_bytes
         self.role_of: dict[Any, str] = {}  # socket -> "client" or "engine"
+        self._local: set[Any] = set()  # those of them that only this host can reach
         self.gates: list[Any] = []  # where libzmq asks; one as soon as there is something to guard
 
     def _socket(self, role: str) -> Any:
@@ -382,6 +524,10 @@ class Ports:
         self.role_of[sock] = role
         return sock
 
+    def is_local(self, sock: Any) -> bool:
+        """Whether who comes through this socket is on our host."""
+        return sock in self._local
+
     def listen_ipc(self, role: str, path: str) -> None:
         """Listen on a socket file in a directory that is ours alone.
 
@@ -389,19 +535,25 @@ class Ports:
             ConfigError: it can't be made there.
         """
         sock = self._socket(role)
+        self._local.add(sock)
         try:
             sock.bind(f"ipc://{path}")
         except zmq.ZMQError as e:
             raise ConfigError(f"can not listen on the socket {path}: {e.strerror}") from None
 
-    def listen_tcp(self, role: str, ip: str, ports: Iterable[int]) -> int:
-        """Listen on the first of `ports` that is free (0: any), and return it.
+    def listen_tcp(self, role: str, ip: str, ports: Iterable[int]) -> tuple[str, int]:
+        """Listen on the first of `ports` that is free (0: any), and return the address, as `ip` or in numbers, and the port.
+
+        Args:
+            ip: an address, a name or a network interface of this host, or "*".
 
         Raises:
             LauncherError: all are taken.
             ConfigError: this host does not have the address, or libzmq can not encrypt and the address is not loopback.
         """
+        ip, is_interface = _numeric(ip)
         sock = self._socket(role)
+        sock.ipv6 = not is_interface  # which has addresses of both kinds
         if has_curve():
             self._open_gate()
             sock.curve_server = True
@@ -415,13 +567,15 @@ class Ports:
         for port in ports:
             try:
                 sock.bind(f"tcp://{_bracket(ip)}:{port}")
-                return int(sock.last_endpoint.decode().rpartition(":")[2])
+                host, _, bound = sock.last_endpoint.decode()[len("tcp://"):].rpartition(":")
+                return host if is_interface else ip, int(bound)
             except zmq.ZMQError as e:
                 if e.errno == errno.EADDRINUSE or e.errno == errno.EACCES:
                     tried.append(f"{port} ({e.strerror})")
                     continue
-                raise ConfigError(f"can not listen on {ip}: {e.strerror}; give --ip an address of this host") from None
-        raise LauncherError(f"no port left to listen on at {ip}: {', '.join(tried)}; free one or name others with --ports")
+                raise ConfigError(f"can not listen on {ip}: {_words(e)}; give --ip an address of this host") from None
+        raise LauncherError(f"no port left to listen on at {ip}: {', '.join(tried) or 'clients and engines need one each'}; "
+                            "free one or name others with --ports")
 
     def _open_gate(self) -> None:
         if not self.gates:
@@ -430,21 +584,28 @@ class Ports:
             gate.bind("inproc://zeromq.zap.01")
             self.gates.append(gate)
 
-    def gatekeep(self, admitted: dict[str, str]) -> None:
-        """Answer the questions that wait at the gate. `admitted` maps a role to the public key that it must show."""
+    def gatekeep(self, admitted: dict[str, str]) -> list[tuple[str, str]]:
+        """Answer the questions that wait at the gate; returns the address, and the role of the port, of who was refused.
+
+        Args:
+            admitted: {role: the public key that it must show}.
+        """
+        refused = []
         for gate in self.gates:
             while readable(gate):
-                self._answer(gate, gate.recv_multipart(), admitted)
+                refused += self._answer(gate, gate.recv_multipart(), admitted)
+        return refused
 
-    def _answer(self, gate: Any, frames: list[bytes], admitted: dict[str, str]) -> None:
+    def _answer(self, gate: Any, frames: list[bytes], admitted: dict[str, str]) -> list[tuple[str, str]]:
         if len(frames) < 8:
-            return
-        envelope, (version, request, domain, _address, _identity, mechanism) = frames[:2], frames[2:8]
+            return []
+        envelope, (version, request, domain, address, _identity, mechanism) = frames[:2], frames[2:8]
         key = z85.encode(frames[8]).decode() if len(frames) > 8 and len(frames[8]) == 32 else ""
         wanted = admitted.get(domain.decode("latin-1"))
         ok = mechanism == b"CURVE" and bool(wanted) and key == wanted
         status, text = (b"200", b"OK") if ok else (b"400", b"this key may not come in here")
         gate.send_multipart([*envelope, version, request, status, text, b"", b""])
+        return [] if ok else [(address.decode("latin-1"), domain.decode("latin-1"))]
 
     def close(self, linger_ms: int) -> None:
         """Close all sockets; messages on their way get `linger_ms` to leave."""
@@ -459,8 +620,56 @@ def is_loopback(ip: str) -> bool:
     return ip.strip("[]") in ("localhost", "::1") or ip.startswith("127.")
 
 
+def _numeric(ip: str) -> tuple[str, bool]:
+    """(the address of this host that a name means, of several one that others may reach; False), or (the name of a network
+    interface, True).
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if ip in ANY or ip in (name for _, name in stdsocket.if_nameindex()):
+        return ip, ip not in ANY
+    try:
+        found = {str(entry[4][0]) for entry in stdsocket.getaddrinfo(ip.strip("[]"), None)}
+    except (OSError, UnicodeError) as e:
+        raise ConfigError(f"the address to listen on, {ip!r}, can not be looked up ({getattr(e, 'strerror', None) or e}); give "
+                          "--ip an address of this host, or * for all") from None
+    return min(found, key=lambda address: (is_loopback(address), ":" in address, address)), False
+
+
+def _words(e: Any) -> str:
+    return os.strerror(e.errno)
+
+
 def _bracket(ip: str) -> str:
     return f"[{ip}]" if ":" in ip else ip
+
+
+def own_addresses() -> list[str]:
+    """The addresses of this host that others may reach it by, the one towards the world first."""
+    found = []
+    for family, far in ((stdsocket.AF_INET, "192.0.2.1"), (stdsocket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), stdsocket.socket(family, stdsocket.SOCK_DGRAM) as sock:  # there is no way there
+            sock.connect((far, 9))  # sends nothing
+            found.append(sock.getsockname()[0])
+    with contextlib.suppress(OSError):
+        found += [str(entry[4][0]) for entry in stdsocket.getaddrinfo(stdsocket.gethostname(), None)]
+    found += _interface_addresses()
+    return [ip for ip in dict.fromkeys(found) if not is_loopback(ip) and not ip.startswith("fe80:")]
+
+
+def _interface_addresses() -> list[str]:
+    """The IPv4 address of each network interface; only Linux tells (man 7 netdevice)."""
+    found = []
+    if sys.platform == "linux":
+        import fcntl
+
+        with stdsocket.socket(stdsocket.AF_INET, stdsocket.SOCK_DGRAM) as sock:
+            for _, name in stdsocket.if_nameindex():
+                with contextlib.suppress(OSError):  # it has none
+                    answer = fcntl.ioctl(sock, SIOCGIFADDR, name.encode()[:15].ljust(256, b"\0"))
+                    found.append(stdsocket.inet_ntoa(answer[20:24]))
+    return found
 
 
 def public_host(ip: str, location: str) -> str:
@@ -472,6 +681,6 @@ def public_host(ip: str, location: str) -> str:
     """
     if location:
         return _bracket(location)
-    if ip in ("*", "0.0.0.0", "::"):
+    if ip in ANY:
         return stdsocket.gethostname()
     return _bracket(ip)

@@ -18,35 +18,30 @@ Rules that hold here:
   `lend` shows them to the running function through `__builtins__`.
 - A class of `__main__` has one owner, the process that defined it. An instance that comes home gets its own class, and
   only the owner's changes are taken over elsewhere.
-- A payload never holds this package's name. It refers to a module `_ALIAS` which every copy of the package
+- A payload never holds this package's name. It refers to a module `ALIAS` which every copy of the package
   finds or makes, whatever its own name is.
-- What is evaluated on arrival (`_shared.evaluate`) makes a payload *live*: it is to be unpacked anew for each call.
+- What is evaluated on arrival (`shared.evaluate`) makes a payload *live*: it is to be unpacked anew for each call.
 - numpy and cloudpickle are imported by whoever needs them, not by importing this file.
 """
 
 from __future__ import annotations
 
 import builtins
-import copyreg
 import functools
-import importlib
 import os
 import pickle
 import struct
 import sys
-import threading
 import types
-import weakref
-from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional, Type
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Type
 
 from . import errors
+from .byvalue import (BUILTINS, CONTEXT, LIVE, MISSING, NAMES, PACKAGE, PROTOCOL, SENDERS, Load, Proxy, Reducers, captured,
+                      global_names, lent_to, own_module, shared)
 from .errors import KernelError, PackError, ProtocolError, UnpackError
 from .wire import Buffer, Payload, decode_error, encode_error
 
-PROTOCOL = 5  # the pickle protocol with out-of-band buffers
 DIGEST_SIZE = 16
-
-_ALIAS = "_ipclite_pack_1"  # to be counted up when the functions in `_shared_module` change
 
 _LARGE = 256 * 1024  # bytes objects from here on are pieces of their own
 _OUT_OF_BAND = 16 * 1024  # and buffers (numpy arrays) from here on
@@ -54,8 +49,7 @@ _SHORT = 64 * 1024  # str and bytes up to here are pickled without ado
 _MAX_PIECES = 1000
 
 _PLAIN = 0x80
-_CONTEXT, _NAMES, _PIECES = 1, 2, 4  # flags: needs a context, has captured names, has more than one piece
-_LIVE, _SENDERS = 8, 16  # flags: must be unpacked anew each time; the sender's names win over the namespace's
+_PIECES = 4  # flag, besides those of byvalue.py: it has more than one piece
 _HEAD = struct.Struct("<BB")  # flags, minor version of the Python that packed
 _COUNTS = struct.Struct("<HH")  # large bytes, buffers
 
@@ -66,157 +60,8 @@ _CACHED_FUNCTIONS = 256
 _CACHED_SIZE = 64 * 1024
 
 _dumps, _loads = pickle.dumps, pickle.loads
-_FLAGS = _CONTEXT | _NAMES | _PIECES | _LIVE | _SENDERS
-_MISSING = object()
-_BUILTINS = vars(builtins)
-_PACKAGE = __package__ or ""
+_FLAGS = CONTEXT | NAMES | _PIECES | LIVE | SENDERS
 _FOLDER = os.path.dirname(os.path.abspath(__file__)) + os.sep
-
-
-class _Load:
-    """One call of `unpack`: where the functions that it builds live."""
-
-    __slots__ = ("package", "namespace", "globals", "names", "lent", "fresh")
-
-    def __init__(self, package: str, namespace: Optional[dict[str, Any]], names: dict[str, Any],
-                 lent: Optional[dict[str, Any]], senders: bool = False):
-        self.package, self.namespace, self.names, self.lent = package, namespace, names, lent
-        self.globals: dict[str, Any] = {"__name__": "__main__", "__builtins__": builtins}
-        if namespace is None:
-            self.names = self.globals
-        elif senders:
-            self.globals["__builtins__"] = _Behind(namespace)
-            self.names = self.globals
-        else:
-            self.globals = namespace
-        self.fresh: list[type] = []  # classes that this call has made
-
-
-class _Behind(dict):  # type: ignore[type-arg]
-    """The built-ins of functions with globals of their own: what they lack is looked up in the engine's namespace."""
-
-    def __init__(self, namespace: dict[str, Any]):
-        super().__init__(_BUILTINS)
-        self._namespace = namespace
-
-    def __missing__(self, name: str) -> Any:
-        return self._namespace[name]
-
-
-class _Context(threading.local):
-    load: Optional[_Load] = None
-    raised: Optional[BaseException] = None  # by an expression that was evaluated while unpacking
-
-
-def _shared_module() -> types.ModuleType:
-    """The module that payloads refer to: all that is needed to rebuild what this package's pickler took apart."""
-    context = _Context()
-    received: weakref.WeakSet[type] = weakref.WeakSet()  # classes that another process owns
-
-    def current() -> _Load:
-        return context.load or _Load(_PACKAGE, None, {}, None)
-
-    def own(module: str, name: str) -> Any:
-        package = current().package
-        found: Any = importlib.import_module(package + "." + module if module else package)
-        for part in name.split(".") if name else ():
-            found = getattr(found, part)
-        return found
-
-    def function(code: types.CodeType, cells: Optional[tuple[Any, ...]], module: Optional[str]) -> types.FunctionType:
-        scope = current().globals if module is None else vars(own(module, ""))
-        return types.FunctionType(code, scope, code.co_name, None, cells)
-
-    def same(f: Any) -> Any:
-        return f
-
-    def fill(f: types.FunctionType, state: tuple[Any, ...]) -> None:
-        members, attributes, contents, names, _ = state
-        for name, value in members.items():
-            setattr(f, name, value)
-        f.__dict__.update(attributes)
-        for at, value in contents.items():
-            f.__closure__[at].cell_contents = value  # type: ignore[index]
-        if names:
-            load = current()
-            load.names.update(names)
-            if load.lent is not None:
-                load.lent.update(names)
-
-    def cell() -> Any:
-        return types.CellType()
-
-    def memoized(f: Any, maxsize: Optional[int], typed: bool) -> Any:
-        return functools.lru_cache(maxsize, typed)(f)
-
-    def refill(wrapper: Any, state: tuple[Any, dict[str, Any]]) -> None:
-        wrapper.__dict__.update(state[1])
-
-    def new_class(make: Callable[..., Any], args: tuple[Any, ...], known: Callable[[str], Any]) -> Any:
-        before = known(args[-2])
-        made = make(*args)
-        if before is None:
-            received.add(made)
-            current().fresh.append(made)
-        return made
-
-    def set_class(cls: type, state: tuple[Any, Callable[..., Any], bool]) -> None:
-        members, setter, from_owner = state
-        if any(c is cls for c in current().fresh) or (from_owner and cls in received):
-            setter(cls, members)
-
-    def view(buffer: Any, form: str, shape: tuple[int, ...]) -> memoryview:
-        flat = memoryview(buffer)
-        return flat.cast(form, shape) if flat.nbytes else flat.cast(form)  # type: ignore[call-overload,no-any-return]
-
-    def exception(cls: type, args: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
-        made = cls.__new__(cls, *args)
-        made.args = args
-        made.__dict__.update(attributes)
-        return made
-
-    def evaluate(expression: str) -> Any:
-        load = current()
-        if load.namespace is None:
-            return own("functions", "Reference")(expression)
-        try:
-            return eval(compile(expression, "<reference>", "eval"), load.namespace)
-        except BaseException as e:
-            context.raised = e
-            raise
-
-    def packed(pieces: list[Any]) -> Any:
-        load = current()
-        return own("pack", "unpack")(pieces, load.namespace, load.names)
-
-    def known_class(tracker_id: str) -> Any:
-        from cloudpickle import cloudpickle  # type: ignore[import-untyped]
-
-        return cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker_id)
-
-    module = types.ModuleType(_ALIAS)
-    for f in (own, function, same, fill, cell, memoized, refill, new_class, set_class, view, exception, evaluate, packed,
-              known_class):
-        f.__module__, f.__qualname__ = _ALIAS, f.__name__
-        setattr(module, f.__name__, f)
-    module.context, module.received = context, received  # type: ignore[attr-defined]
-    module.publish = None  # type: ignore[attr-defined]  # an engine puts there what sends published data
-    return module
-
-
-_shared: Any = sys.modules.setdefault(_ALIAS, _shared_module())
-
-
-class _Proxy:
-    """Stands for a function or cell whose content is to be pickled later, when it has been made."""
-
-    __slots__ = ("reduced", "original")
-
-    def __init__(self, original: Any, reduced: tuple[Any, ...]):
-        self.original, self.reduced = original, reduced
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self.reduced
 
 
 class _Sink:
@@ -272,201 +117,10 @@ def _pickler_class() -> Type[Any]:
     """The pickler for all but built-in scalars. Made when first needed, since cloudpickle takes time to import."""
     global _pickler
     if _pickler is None:
-        from cloudpickle import cloudpickle
+        from cloudpickle import cloudpickle  # type: ignore[import-untyped]
 
-        _pickler = type("_Pickler", (_Reducers, cloudpickle.Pickler), {"cloud": cloudpickle})
+        _pickler = type("_Pickler", (Reducers, cloudpickle.Pickler), {"cloud": cloudpickle})
     return _pickler
-
-
-class _Reducers:
-    """What differs from cloudpickle's pickler: functions and classes of `__main__` and things of this package."""
-
-    cloud: Any
-    dispatch_table: Any
-    _table: dict[type, Any] = {}
-    _registered: dict[Any, Any] = {}  # the `copyreg.dispatch_table` that is in `_table`
-
-    def __init__(self, sink: _Sink):
-        kind = type(self)
-        if not kind._table or kind._registered != copyreg.dispatch_table:
-            kind._registered = dict(copyreg.dispatch_table)
-            kind._table = {**kind._registered, **self.cloud.Pickler._dispatch_table, memoryview: _reduce_view}
-        self.dispatch_table = kind._table  # a plain dict: cloudpickle's ChainMap costs 1 us per object
-        pickle.Pickler.__init__(self, sink, PROTOCOL, buffer_callback=sink.take)  # type: ignore[arg-type]
-        self.globals_ref: dict[int, Any] = {}
-        self.proto = PROTOCOL
-        self.flags = 0
-        self._proxies: dict[int, _Proxy] = {}
-
-    def reducer_override(self, obj: Any) -> Any:
-        kind = type(obj)
-        if kind is types.FunctionType:
-            return self._reduce_function(obj)
-        if issubclass(kind, type):
-            return self._reduce_class(obj)
-        if kind is types.ModuleType and _own_module(obj.__name__) is not None:
-            self.flags |= _CONTEXT
-            return _shared.own, (_own_module(obj.__name__), "")
-        if kind is functools._lru_cache_wrapper:
-            return self._reduce_memoized(obj)
-        return NotImplemented
-
-    def _own_name(self, obj: Any) -> Optional[tuple[str, str]]:
-        """(module, name) of something that this package defines, if it can be found by them."""
-        module = _own_module(getattr(obj, "__module__", None))
-        if module is None:
-            return None
-        name = obj.__qualname__
-        found: Any = sys.modules.get(obj.__module__)
-        for part in name.split("."):
-            found = getattr(found, part, None)
-        return (module, name) if found is obj else None
-
-    def _reduce_function(self, f: types.FunctionType) -> Any:
-        own = self._own_name(f)
-        if own is not None:
-            self.flags |= _CONTEXT
-            return _shared.own, own
-        if f.__module__ == _ALIAS:
-            self.flags |= _CONTEXT | _LIVE if f is _shared.evaluate else _CONTEXT
-        if self.cloud._should_pickle_by_reference(f):
-            return NotImplemented
-        self.flags |= _CONTEXT
-        if not _is_ours(f):
-            return self._dynamic_function_reduce(f)  # type: ignore[attr-defined]
-        return _shared.same, (self._proxy(f),), self._function_state(f), None, None, _shared.fill
-
-    def _proxy(self, obj: Any) -> _Proxy:
-        proxy = self._proxies.get(id(obj))
-        if proxy is None:
-            reduced: tuple[Any, ...] = _shared.cell, ()
-            if isinstance(obj, types.FunctionType):
-                cells = tuple([self._proxy(c) for c in obj.__closure__]) if obj.__closure__ else None
-                reduced = _shared.function, (obj.__code__, cells, _own_module(obj.__globals__.get("__name__")))
-            proxy = self._proxies[id(obj)] = _Proxy(obj, reduced)
-        return proxy
-
-    def _function_state(self, f: types.FunctionType) -> tuple[Any, ...]:
-        members: dict[str, Any] = {"__qualname__": f.__qualname__, "__module__": f.__module__}
-        for name in ("__name__", "__doc__", "__defaults__", "__kwdefaults__", "__annotations__"):
-            value = getattr(f, name)
-            if value and not (name == "__name__" and value == f.__code__.co_name):
-                members[name] = value
-        own = _own_module(f.__module__)
-        if own is not None:
-            del members["__module__"]  # the globals say it, by the name that the package has there
-        contents = {}
-        for at, cell in enumerate(f.__closure__ or ()):
-            try:
-                contents[at] = cell.cell_contents
-            except ValueError:  # still empty
-                pass
-        names = _captured(f) if _own_module(f.__globals__.get("__name__")) is None else {}
-        if names:
-            self.flags |= _NAMES | _SENDERS if _senders_win else _NAMES
-        submodules = _submodules(f.__code__, [*names.values(), *contents.values()])
-        return members, f.__dict__, contents, names, submodules
-
-    def _reduce_class(self, cls: type) -> Any:
-        own = self._own_name(cls)
-        if own is not None:
-            self.flags |= _CONTEXT
-            return _shared.own, own
-        reduced = self.cloud._class_reduce(cls)
-        if reduced is NotImplemented or len(reduced) < 6:
-            return reduced
-        self.flags |= _CONTEXT
-        make, args, members, _, _, setter = reduced
-        state = members, setter, cls not in _shared.received
-        return _shared.new_class, (make, args, _shared.known_class), state, None, None, _shared.set_class
-
-    def _reduce_memoized(self, wrapper: Any) -> Any:
-        f = wrapper.__wrapped__
-        if type(f) is not types.FunctionType or not _is_ours(f) or self._own_name(wrapper):
-            return NotImplemented
-        settings = wrapper.cache_parameters()
-        args = self._proxy(f), settings["maxsize"], settings["typed"]
-        self.flags |= _CONTEXT
-        return _shared.memoized, args, (f, wrapper.__dict__), None, None, _shared.refill
-
-
-def _reduce_view(view: memoryview) -> tuple[Any, ...]:
-    flat = view.cast("B") if view.c_contiguous and view.nbytes else memoryview(view.tobytes())
-    if len(view.format) == 1:
-        return _shared.view, (pickle.PickleBuffer(flat), view.format, view.shape)
-    return _shared.view, (pickle.PickleBuffer(flat), "B", flat.shape)  # records and the like: as plain bytes
-
-
-def _own_module(name: Any) -> Optional[str]:
-    """The name of one of this package's modules within the package, "" for the package; None: not of this package."""
-    if type(name) is not str or not name.startswith(_PACKAGE):
-        return None
-    rest = name[len(_PACKAGE) :]
-    return rest[1:] if not rest or rest[0] == "." else None
-
-
-def _is_ours(f: types.FunctionType) -> bool:
-    """Whether a function by value is rebuilt in a namespace: the engine's, or a module of this package."""
-    home = f.__globals__.get("__name__")
-    return home == "__main__" or _own_module(home) is not None
-
-
-_names_of_code: weakref.WeakKeyDictionary[types.CodeType, tuple[str, ...]] = weakref.WeakKeyDictionary()
-# Class bodies read globals by the last two.
-_READS = frozenset(("LOAD_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"))
-
-
-def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            yield from _nested(const)
-
-
-def _global_names(code: types.CodeType) -> tuple[str, ...]:
-    """The names that a function reads from its globals, itself or in functions within it."""
-    names = _names_of_code.get(code)
-    if names is None:
-        import dis
-
-        found = [i.argval for c in _nested(code) for i in dis.get_instructions(c) if i.opname in _READS]
-        names = tuple(n for n in dict.fromkeys(found) if n not in ("__name__", "__builtins__"))
-        _names_of_code[code] = names
-    return names
-
-
-def _lent_to(f: types.FunctionType) -> dict[str, Any]:
-    """The captured names that a function which was sent here sees besides its globals; often none."""
-    spare = getattr(f, "__builtins__", None) or f.__globals__.get("__builtins__")  # before 3.10 only the latter
-    return spare if isinstance(spare, dict) and spare is not _BUILTINS else {}
-
-
-def _captured(f: types.FunctionType) -> dict[str, Any]:
-    """What the names that a function reads stand for, built-ins excepted."""
-    scope, lent = f.__globals__, _lent_to(f)
-    captured = {}
-    for name in _global_names(f.__code__):
-        value = scope.get(name, _MISSING)
-        if value is _MISSING:
-            value = lent.get(name, _MISSING)
-            if value is _MISSING or value is _BUILTINS.get(name, _MISSING):
-                continue
-        captured[name] = value
-    return captured
-
-
-def _submodules(code: types.CodeType, values: Iterable[Any]) -> list[types.ModuleType]:
-    """Submodules that the code reaches as attributes (`xml.dom.minidom`): they are to be imported there as well."""
-    packages = [v.__name__ + "." for v in values if type(v) is types.ModuleType and hasattr(v, "__path__")]
-    if not packages:
-        return []
-    words = {name for c in _nested(code) for name in c.co_names}
-    found = []
-    for package in packages:
-        for name, module in list(sys.modules.items()):
-            if name.startswith(package) and module is not None and words.issuperset(name[len(package) :].split(".")):
-                found.append(module)
-    return found
 
 
 def pack(obj: Any) -> Payload:
@@ -520,7 +174,6 @@ def _pack_any(obj: Any, max_pieces: int = _MAX_PIECES) -> Payload:
         raise PackError(f"can not pickle {_where_fails(obj)}: {type(e).__name__}: {e}") from e
 
 
-_senders_win = False
 _dill: Any = None
 
 
@@ -532,7 +185,7 @@ def use(pickler: str) -> None:
     Raises:
         PackError: dill is not installed.
     """
-    global _senders_win, _dill
+    global _dill
     if pickler not in ("pickle", "cloudpickle", "dill"):
         raise ValueError(f"there is no pickler {pickler!r}; choose pickle, cloudpickle or dill")
     dill = None
@@ -541,19 +194,29 @@ def use(pickler: str) -> None:
             import dill  # type: ignore[import-not-found,import-untyped,no-redef,unused-ignore]
         except ImportError:
             raise PackError("dill is not installed here; install it with `pip install dill`, on the engines as well") from None
-    _senders_win, _dill = pickler == "cloudpickle", dill
+    Reducers.senders_win, _dill = pickler == "cloudpickle", dill
     _cache.clear()
 
 
 def on_arrival(what: str, *args: Any) -> tuple[Any, ...]:
     """What an object's `__reduce__` returns that is to become something else where it arrives: `what` names a function of
     the module that all payloads may refer to."""
-    return getattr(_shared, what), args
+    return getattr(shared, what), args
 
 
 def on_publish(send: Callable[[dict[str, Any]], None]) -> None:
     """This process is an engine: `send` takes what its tasks publish."""
-    _shared.publish = send
+    shared.publish = send
+
+
+def on_current_task(tell: Callable[[], Optional[dict[str, Any]]]) -> None:
+    """This process is an engine: `tell` knows what it runs."""
+    shared.current_task = tell
+
+
+def current_task() -> Optional[dict[str, Any]]:
+    """What an engine says of the task that it runs; None elsewhere."""
+    return shared.current_task()  # type: ignore[no-any-return]
 
 
 def publish(data: dict[str, Any]) -> None:
@@ -562,9 +225,9 @@ def publish(data: dict[str, Any]) -> None:
     Raises:
         RuntimeError: this process is no engine.
     """
-    if _shared.publish is None:
+    if shared.publish is None:
         raise RuntimeError("publish_data is for tasks: it works on an engine, while a task runs")
-    _shared.publish(data)
+    shared.publish(data)
 
 
 def _dump(obj: Any, max_pieces: int = _MAX_PIECES) -> Payload:
@@ -590,7 +253,7 @@ def _describe(obj: Any) -> str:
 def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
     """The named parts that an object consists of."""
     if isinstance(obj, types.FunctionType):
-        yield from [(f"its global {k!r}", v) for k, v in _captured(obj).items()]
+        yield from [(f"its global {k!r}", v) for k, v in captured(obj).items()]
         for name, cell in zip(obj.__code__.co_freevars, obj.__closure__ or ()):
             try:
                 yield f"its variable {name!r}", cell.cell_contents
@@ -605,6 +268,8 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
         yield from [(f"item {i}", v) for i, v in enumerate(obj)]
     elif isinstance(obj, dict):
         yield from [(f"item {str(k)[:60]!r}", v) for k, v in obj.items()]
+    elif isinstance(type(obj).__reduce__, types.FunctionType):
+        return  # how it is pickled is its own affair
     elif isinstance(getattr(obj, "__dict__", None), dict) and not isinstance(obj, type):
         yield from [(f"its attribute {k!r}", v) for k, v in vars(obj).items()]
 
@@ -700,7 +365,7 @@ def _still_holds(cached: _Cached) -> bool:
             if length >= 0 and len(mapping) != length:
                 return False
             for name, value in items:
-                if mapping.get(name, _MISSING) is not value:
+                if mapping.get(name, MISSING) is not value:
                     return False
     return True
 
@@ -722,7 +387,7 @@ def _remember(f: Any, result: tuple[bytes, Payload]) -> None:
 def _is_constant(value: Any, checks: dict[int, Optional[_Check]]) -> bool:
     """Whether a value can't change unnoticed. Adds what has to be checked of functions by value."""
     kind = type(value)
-    if kind in _SIMPLE or value is _MISSING or id(value) in checks:
+    if kind in _SIMPLE or value is MISSING or id(value) in checks:
         return True
     if kind is tuple or kind is frozenset:
         return all(_is_constant(v, checks) for v in value)
@@ -740,7 +405,7 @@ def _is_constant(value: Any, checks: dict[int, Optional[_Check]]) -> bool:
     checks[id(value)] = check
     dependencies = [*(value.__defaults__ or ()), *[v for _, v in check.cells]]
     dependencies += [v for m in check.mappings for _, v in m[2]]
-    return not _lent_to(value) and all(_is_constant(v, checks) for v in dependencies)
+    return not lent_to(value) and all(_is_constant(v, checks) for v in dependencies)
 
 
 def _check_of(f: types.FunctionType) -> _Check:
@@ -752,8 +417,8 @@ def _check_of(f: types.FunctionType) -> _Check:
         except ValueError:
             cells.append((cell, object()))  # never holds, so that an empty cell is looked at again
     mappings = [(m, len(m), list(m.items())) for m in (f.__dict__, f.__kwdefaults__) if m is not None]
-    if _own_module(scope.get("__name__")) is None:
-        mappings.append((scope, -1, [(n, scope.get(n, _MISSING)) for n in _global_names(f.__code__)]))
+    if own_module(scope.get("__name__")) is None:
+        mappings.append((scope, -1, [(n, scope.get(n, MISSING)) for n in global_names(f.__code__)]))
     return _Check(f, f.__code__, f.__defaults__, f.__kwdefaults__, f.__dict__, cells, mappings)
 
 
@@ -795,7 +460,7 @@ class _Source:
 
 def merged(names: dict[str, Any]) -> dict[str, Any]:
     """What `__builtins__` of a namespace has to be so that functions there see captured names: for `lend`."""
-    return {**_BUILTINS, **names}
+    return {**BUILTINS, **names}
 
 
 class lend:
@@ -813,12 +478,12 @@ class lend:
 
     def __enter__(self) -> None:
         if self.extended and self.namespace is not None:
-            self.before = self.namespace.get("__builtins__", _MISSING)
+            self.before = self.namespace.get("__builtins__", MISSING)
             self.namespace["__builtins__"] = self.extended
 
     def __exit__(self, *exc: Any) -> None:
         if self.extended and self.namespace is not None:
-            if self.before is _MISSING:
+            if self.before is MISSING:
                 self.namespace.pop("__builtins__", None)
             else:
                 self.namespace["__builtins__"] = self.before
@@ -845,17 +510,17 @@ def unpack(payload: Payload, namespace: Optional[dict[str, Any]] = None,
     except UnpackError:
         raise
     except Exception as e:
-        if e is _shared.context.raised:
+        if e is shared.context.raised:
             raise
         raise UnpackError(_why_not(e, "here" if namespace is None else "on the engine")) from e
     finally:
-        _shared.context.raised = None
+        shared.context.raised = None
 
 
 def is_live(payload: Payload) -> bool:
     """Whether a payload has to be unpacked anew each time, as it refers to what the namespace holds then."""
     head = payload if isinstance(payload, bytes) else payload[0]
-    return head[0] != _PLAIN and bool(head[0] & _LIVE)
+    return head[0] != _PLAIN and bool(head[0] & LIVE)
 
 
 def _load(payload: Payload, namespace: Optional[dict[str, Any]], names: Optional[dict[str, Any]]) -> Any:
@@ -866,25 +531,25 @@ def _load(payload: Payload, namespace: Optional[dict[str, Any]], names: Optional
     flags, minor = _HEAD.unpack_from(head)
     if flags == _PLAIN or flags & ~_FLAGS:
         raise UnpackError("can not unpickle: this is not a payload")
-    if flags & _CONTEXT and minor != sys.version_info[1]:
+    if flags & CONTEXT and minor != sys.version_info[1]:
         raise UnpackError(f"can not unpickle a function or class of Python 3.{minor} with "
                           f"Python 3.{sys.version_info[1]}: use the same version for client and engines")
     stream: list[memoryview] = [head[_HEAD.size :]]
     buffers: list[Buffer] = []
     if flags & _PIECES:
         stream, buffers = _split(pieces)
-    if not flags & _CONTEXT:
+    if not flags & CONTEXT:
         return _read(stream, buffers)
     if namespace is not None:
         namespace.setdefault("__builtins__", builtins)
-    lent = merged({}) if flags & (_NAMES | _SENDERS) == _NAMES and namespace is not None else None
-    before = _shared.context.load
-    _shared.context.load = _Load(_PACKAGE, namespace, {} if names is None else names, lent, bool(flags & _SENDERS))
+    lent = merged({}) if flags & (NAMES | SENDERS) == NAMES and namespace is not None else None
+    before = shared.context.load
+    shared.context.load = Load(PACKAGE, namespace, {} if names is None else names, lent, bool(flags & SENDERS))
     try:
         with lend(namespace, lent):
             return _read(stream, buffers)
     finally:
-        _shared.context.load = before
+        shared.context.load = before
 
 
 def _split(pieces: list[memoryview]) -> tuple[list[memoryview], list[Buffer]]:
@@ -964,10 +629,10 @@ def _pickle_exception(exc: BaseException, text: str) -> bytes:
     Many classes can't be rebuilt the way pickle does it, because their `__init__` takes something else than `args`, or
     carry things that can't be pickled. They are rebuilt without `__init__`, if need be without what they carry.
     """
-    bare = functools.partial(_Proxy, exc)
+    bare = functools.partial(Proxy, exc)
     for candidate in (exc, bare((type(exc), exc.args, vars(exc) or None)),  # tblib and others change how exceptions are pickled
-                      bare((_shared.exception, (type(exc), exc.args, vars(exc)))),
-                      bare((_shared.exception, (type(exc), (text,), {})))):
+                      bare((shared.exception, (type(exc), exc.args, vars(exc)))),
+                      bare((shared.exception, (type(exc), (text,), {})))):
         try:
             pickled = pack_whole(candidate)
             copy = unpack(pickled)

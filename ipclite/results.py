@@ -12,6 +12,7 @@ nobody inspects costs next to nothing. All methods may be called from any thread
 from __future__ import annotations
 
 import binascii
+import json
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION, 
 from concurrent.futures import wait as wait_for_futures
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from typing import Any, Callable, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 from . import pack, wire
 from .display import ExecuteReply, Streamer, progress, show_outputs, table
@@ -37,7 +38,8 @@ class Metadata(dict):  # type: ignore[type-arg]
 
 
 _METADATA = ("msg_id", "submitted", "started", "completed", "received", "engine_id", "engine_uuid", "status", "attempt",
-             "error", "stdout", "stderr", "label", "data", "execute_input", "execute_result")
+             "error", "stdout", "stderr", "outputs", "label", "data", "execute_input", "execute_result", "after", "follow",
+             "is_broadcast", "is_coalescing")
 
 
 class AsyncResult(TaskFuture):
@@ -66,11 +68,12 @@ class AsyncResult(TaskFuture):
     _speakers: Optional[dict[int, Optional[int]]] = None  # place -> engine that printed
     _streamers: Sequence[Any] = ()
     _parts: Optional[tuple[Any, ...]] = None
+    _extra: Mapping[str, Any] = {}  # metadata that few tasks have
 
     # --- output
 
     def _write(self, i: int, name: str, text: str, engine_id: Optional[int] = None) -> None:
-        """Task i has printed something, or published (`name` is "data")."""
+        """Task i has printed something, published ("data") or shown ("display") something."""
         with self._condition:
             if self._output is None:
                 self._output, self._speakers = {}, {}
@@ -84,6 +87,10 @@ class AsyncResult(TaskFuture):
     def _printed(self, i: int, name: str) -> str:
         pieces = self._output.get((i, name)) if self._output else None
         return "".join(pieces) if pieces else ""
+
+    def _displayed(self, i: int) -> list[dict[str, Any]]:
+        """What task i has given to `display`: MIME bundles."""
+        return [json.loads(text) for text in (self._output or {}).get((i, "display"), ())]
 
     def _published(self, i: int) -> dict[str, Any]:
         """What task i has published."""
@@ -106,6 +113,8 @@ class AsyncResult(TaskFuture):
         Raises:
             TimeoutError: it is not there in time. The tasks go on.
         """
+        if return_when is not None:
+            _check_return_when(return_when)
         if return_when == FIRST_EXCEPTION and not return_exceptions and not self.done():
             failed = [part._error() for part in self.wait(timeout, return_when)[0] if not part.cancelled()]
             if any(failed) and not self.done():
@@ -149,9 +158,7 @@ class AsyncResult(TaskFuture):
             ended, and those that have not.
         """
         if return_when is not None:
-            if return_when not in (FIRST_COMPLETED, FIRST_EXCEPTION, ALL_COMPLETED):
-                raise ValueError(f"return_when must be {FIRST_COMPLETED}, {FIRST_EXCEPTION} or {ALL_COMPLETED}, "
-                                 f"not {return_when!r}")
+            _check_return_when(return_when)
             self._client._connection.flush()
             patience = None if timeout is None or timeout < 0 else timeout
             return tuple(wait_for_futures(self.split(), patience, return_when))
@@ -189,6 +196,7 @@ class AsyncResult(TaskFuture):
         Returns:
             Whether all tasks have ended.
         """
+        _check_return_when(return_when)
         deadline = None if timeout is None or timeout < 0 else time.monotonic() + timeout
         show = progress(len(self), self._fname or "tasks", sys.stderr, widget)
         enough = False
@@ -222,7 +230,8 @@ class AsyncResult(TaskFuture):
         with self._condition:
             for (i, name), pieces in (self._output or {}).items():
                 if name != "data" and (only is None or i in only):
-                    streamer(name, (self._speakers or {}).get(i), "".join(pieces))
+                    for text in ["".join(pieces)] if name in wire.PRINTED else pieces:
+                        streamer(name, (self._speakers or {}).get(i), text)
             self._streamers = [*self._streamers, (only, streamer)]
 
     def _stream_no_more(self, streamer: Streamer) -> None:
@@ -242,7 +251,8 @@ class AsyncResult(TaskFuture):
         for i in range(self._count):
             meta = self._metadata_of(i)
             shown = None if self._failed(i) else self._shown(i)
-            tasks.append((meta["engine_id"], meta["stdout"], meta["stderr"], shown))
+            bundles = [output["data"] for output in meta["outputs"]]
+            tasks.append((meta["engine_id"], meta["stdout"], meta["stderr"], bundles, shown))
         show_outputs(tasks, groupby, result_only, not self._single)
 
     def _shown(self, i: int) -> Any:
@@ -362,9 +372,11 @@ class AsyncResult(TaskFuture):
         meta = Metadata(dict.fromkeys(_METADATA))
         meta.update(msg_id=self._msg_id(i), submitted=_when(self._submitted),
                     stdout=self._printed(i, "stdout"), stderr=self._printed(i, "stderr"), label=self._label,
-                    data=self._published(i))
+                    data=self._published(i), is_broadcast=False, is_coalescing=False,
+                    outputs=[{"output_type": "display_data", "data": d, "metadata": {}} for d in self._displayed(i)])
+        meta.update(self._extra)
         if outcome is None:
-            meta["status"] = "pending"
+            meta["status"] = "cancelled" if self.cancelled() else "pending"
             return meta
         (engine_id, received), result = outcome
         meta.update(status="error" if result.status else "ok", started=_when(result.started), attempt=result.attempt,
@@ -378,8 +390,9 @@ class AsyncResult(TaskFuture):
     @property
     def metadata(self) -> Any:
         """A dict per task (a list of them unless the result is single): msg_id, submitted, started, completed, received
-        (datetimes with time zone), engine_id, engine_uuid, status, attempt, error, stdout, stderr, label, data (what
-        the task published), execute_input and execute_result (of `execute`). Its keys are attributes, too."""
+        (datetimes with time zone), engine_id, engine_uuid, status, attempt, error, stdout, stderr, outputs (what it gave
+        to `display`), label, data (what it published), execute_input and execute_result (of `execute`), after and follow
+        (dependencies, as dicts), is_broadcast, is_coalescing. Its keys are attributes, too."""
         all_ = [self._metadata_of(i) for i in range(self._count)]
         return all_[0] if self._single else all_
 
@@ -624,6 +637,11 @@ class _ItemError:
 
     def __init__(self, error: BaseException):
         self.error = error
+
+
+def _check_return_when(given: str) -> None:
+    if given not in (FIRST_COMPLETED, FIRST_EXCEPTION, ALL_COMPLETED):
+        raise ValueError(f"return_when must be {FIRST_COMPLETED}, {FIRST_EXCEPTION} or {ALL_COMPLETED}, not {given!r}")
 
 
 def _when(seconds: float) -> datetime:

@@ -1,6 +1,6 @@
 """Decides which engine runs which task. No sockets, no clock, no global random.
 
-    Submit Finished Returned EngineUp EngineDown Abort Tick  ──►  handle(event, now)  ──►  Run Accept Fail Recall
+    Submit Finished Returned EngineUp Away EngineDown Abort Tick  ──►  handle(event, now)  ──►  Run Accept Fail Recall Void
 
 The controller turns messages into events, carries out the effects that `handle` returns, and sends a `Tick` when
 `next_deadline()` has passed. `now` is in s on any clock that never goes back.
@@ -14,6 +14,9 @@ Rules that hold here:
   head among the queues it may take from, so what is pinned to one engine runs there in the order of submission.
 - An engine is *open* while its estimated work is below `prefetch_s` (or its tasks are fewer than `hwm`). No task waits
   in a queue that an open engine may take from: `handle` does not return before that is so.
+- An engine that is *away* keeps what it holds and is given nothing. What it says it holds when it comes back counts, if
+  that is still its own; all else of its tasks it has never started.
+- After `Hold`, tasks wait for `Release`; engines that come meanwhile keep those that they hold already.
 - An assignment is named by the task's key and its attempt. Anything an engine says about another attempt is void.
 - A task that has ended is forgotten at once, but for how and where it ended, which others may depend on: that is kept
   of the last `OUTCOMES` tasks. What happened to a task stays in a ring buffer for a while.
@@ -25,152 +28,22 @@ from __future__ import annotations
 
 import math
 import random
-from array import array
 from collections import deque
 from heapq import heapify, heappop, heappush
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Callable, Iterable, Optional, Sequence
 
-from .tasks import (ABORTED, ASSIGNED, ATTEMPTS_MAX, DONE, FAILED, READY, RECALLED, TRANSITIONS, UNKNOWN, WAITING, Abort,
-                    Accept, Effect, EngineDown, EngineUp, Fail, Finished, HostDown, Ids, Outcome, Recall, Returned, Run, Spec, State,
-                    Submit, Tally, Task, Tick, Wait)
-from .wire import OK, UNMET, TaskKey, msg_id, slots
+from .queues import OUTCOMES, POLICIES, EngineState, Outcomes, Queue
+from .tasks import (ABORTED, ASSIGNED, ATTEMPTS_MAX, DONE, FAILED, LOST_RESULT, READY, RECALLED, TRANSITIONS, UNKNOWN, WAITING, Abort,
+                    Accept, Away, Effect, EngineDown, EngineUp, Fail, Finished, Held, Hold, HostDown, Ids, Outcome, Recall, Release,
+                    Returned, Run, Settled, Spec, State, Submit, Tally, Task, Tick, Void, Wait)
+from .wire import OK, UNMET, TaskKey, msg_id
 
 CAP = 1024  # an engine holds at most this many tasks, however short they are
 FLOOR_S = 5e-6  # what a task costs an engine at least
 DECAY = 0.5  # how fast an estimate goes down; it goes up at once
 FUNCTIONS = 10_000  # run times of more are not kept
-OUTCOMES = 100_000  # of so many tasks it is known how they ended
-OUTCOME_BLOCK = 256  # of them are kept together
-ID_MAX = (1 << 31) - 1  # of an engine that takes four bytes there
-BLOCK_COST = 16  # what a block takes room for besides
+ONCE = "retries=0 forbids to run it twice"
 RING = 10_000  # transitions that `story` can tell of
-
-
-class EngineState:
-    """An engine that is there. `outstanding` is in the order sent, so its first task may be running."""
-
-    __slots__ = ("id", "outstanding", "backlog", "progress", "stuck", "open", "rank", "stamp", "used", "queues", "done")
-
-    def __init__(self, engine_id: int, now: float):
-        self.id = engine_id
-        self.outstanding: dict[TaskKey, Task] = {}
-        self.backlog = 0.0  # estimated s of all outstanding tasks
-        self.progress = now  # when it last finished something, or was given work while idle
-        self.stuck = False  # its running task takes long: nothing is sent behind it
-        self.open = False
-        self.rank = 0.0  # what the policy says; the least is served first
-        self.used = 0  # grows when it is given tasks
-        self.stamp = 0  # grows when its load changes; an entry of `_heap` with another stamp is void
-        self.queues: dict[_Queue, None] = {}  # those that name it and are not empty
-        self.done = 0
-
-
-class _Queue:
-    """READY tasks with the same constraint, oldest first.
-
-    `fresh` holds those that never left, in order; `back` is a heap of those that came back. Tasks that ended in here
-    are skipped when they come up: `count` does not include them.
-    """
-
-    __slots__ = ("allowed", "barred", "fresh", "back", "count", "engines")
-
-    def __init__(self, allowed: Optional[Ids], barred: Optional[Ids]):
-        self.allowed = allowed
-        self.barred = barred
-        self.fresh: deque[Task] = deque()
-        self.back: list[tuple[int, Task]] = []
-        self.count = 0
-        self.engines: dict[EngineState, None] = {}  # who may take from it; not kept for the queue of any engine
-
-    def admits(self, engine_id: int) -> bool:
-        return (self.allowed is None or engine_id in self.allowed) and (
-            self.barred is None or engine_id not in self.barred)
-
-    def head(self) -> Optional[Task]:
-        fresh, back = self.fresh, self.back
-        while fresh and fresh[0].state is not READY:
-            fresh.popleft()
-        if back:
-            while back and back[0][1].state is not READY:
-                heappop(back)
-            if back and (not fresh or back[0][0] < fresh[0].order):
-                return back[0][1]
-        return fresh[0] if fresh else None
-
-    def pop(self, task: Task) -> None:
-        """Take out `task`, which is what `head` returned."""
-        self.count -= 1
-        if self.fresh and self.fresh[0] is task:
-            self.fresh.popleft()
-        else:
-            heappop(self.back)
-
-    def forget(self) -> None:
-        """One of the tasks in here has ended."""
-        self.count -= 1
-        if not self.count:
-            self.fresh.clear()
-            self.back.clear()
-
-    def tasks(self) -> list[Task]:
-        found = [t for t in self.fresh if t.state is READY] + [t for _, t in self.back if t.state is READY]
-        return sorted(found, key=lambda t: t.order)
-
-
-class _Outcomes:
-    """How tasks ended: the last `OUTCOMES` of them at least, and at most twice as many; fewer if they are of very many clients.
-
-    There is no object per task, but a number in a block of those of a session: 0 if nothing is known, else 1 if it ran on no
-    engine or the engine's id + 2, negative if it failed.
-    """
-
-    __slots__ = ("count", "blocks", "new", "old")
-
-    def __init__(self) -> None:
-        self.count = self.blocks = 0
-        self.new: dict[bytes, dict[int, array[int]]] = {}
-        self.old: dict[bytes, dict[int, array[int]]] = {}
-
-    def note(self, session: bytes, seqs: list[int], ok: bool, engine: Optional[int]) -> None:
-        """Tasks of a session have ended in the same way."""
-        if self.count >= OUTCOMES or self.blocks >= OUTCOMES:
-            self.old, self.new, self.count, self.blocks = self.new, {}, 0, 0
-        blocks = self.new.setdefault(session, {})
-        code = 1 if engine is None else engine + 2
-        for number, a, b in slots(seqs, OUTCOME_BLOCK):
-            block = blocks.get(number)
-            if block is None:
-                block = blocks[number] = array("i", bytes(4 * OUTCOME_BLOCK))
-                self.blocks += BLOCK_COST
-            if code > ID_MAX and block.typecode == "i":
-                block = blocks[number] = array("q", block)
-            block[a:b] = array(block.typecode, [code if ok else -code]) * (b - a)
-        self.count += len(seqs)
-
-    def get(self, key: TaskKey) -> Optional[Outcome]:
-        """How a task ended, if it is known."""
-        number, i = divmod(key[1], OUTCOME_BLOCK)
-        for blocks in (self.new, self.old):
-            block = blocks.get(key[0], {}).get(number)
-            if block is not None and block[i]:
-                engine = abs(block[i]) - 2
-                return block[i] > 0, None if engine < 0 else engine
-        return None
-
-
-Policy = tuple[Callable[[EngineState, float, random.Random], float], int]
-
-# How open engines are ranked, least first, and of how many of the best the least loaded is taken; equals are served in
-# turn. The random ones are a race of exponential clocks from `turn`, the rank of the last engine taken: as these have
-# no memory, every engine always has the chance that its rate gives it, and none needs to be drawn anew.
-POLICIES: dict[str, Policy] = {
-    "leastload": (lambda engine, turn, rng: engine.backlog, 1),
-    "lru": (lambda engine, turn, rng: engine.used, 1),
-    "pure": (lambda engine, turn, rng: engine.used, 1),
-    "plainrandom": (lambda engine, turn, rng: turn + rng.expovariate(1), 1),
-    "twobin": (lambda engine, turn, rng: turn + rng.expovariate(1), 2),
-    "weighted": (lambda engine, turn, rng: turn + rng.expovariate(1 / (1 + len(engine.outstanding))), 2),
-}
 
 
 class Scheduler:
@@ -202,14 +75,17 @@ class Scheduler:
         self.tasks: dict[TaskKey, Task] = {}
         self.engines: dict[int, EngineState] = {}
         self.ended = {DONE: 0, FAILED: 0, ABORTED: 0}
-        self._any = _Queue(None, None)
-        self._queues: dict[tuple[Optional[Ids], Optional[Ids]], _Queue] = {}  # the others, none of them empty
+        self._any = Queue(None, None)
+        self._queues: dict[tuple[Optional[Ids], Optional[Ids]], Queue] = {}  # the others, none of them empty
+        self._held: Optional[Wait] = None  # all that comes, between Hold and Release; and what engines hold of what has not come yet
+        self._claims: dict[TaskKey, tuple[int, int, int]] = {}  # engine, attempt, flag
+        self._too_long: dict[TaskKey, Task] = {}  # READY, but every engine leaves before they would be done
         self._open: dict[EngineState, None] = {}
         self._idle: dict[EngineState, None] = {}  # those without tasks
         self._loaded: dict[EngineState, None] = {}  # those with two or more
         self._heap: list[tuple[float, int, EngineState]] = []  # the open ones, best first, and void entries
         self._estimates: dict[str, float] = {}  # s by function
-        self._outcomes = _Outcomes()
+        self._outcomes = Outcomes()
         self._dependents: dict[TaskKey, dict[Tally, Wait]] = {}  # who waits for the task
         self._ends: deque[tuple[TaskKey, Outcome]] = deque()  # of tasks that others wait for; to be told
         self._timeouts: list[tuple[float, int, TaskKey]] = []  # heap of (when, order, key); may hold assigned ones
@@ -223,7 +99,7 @@ class Scheduler:
         self._effects: list[Effect] = []
         self._runs: dict[EngineState, list[Task]] = {}
         self._touched: dict[EngineState, None] = {}  # their load has changed
-        self._fed: dict[_Queue, None] = {}  # queues that gained tasks
+        self._fed: dict[Queue, None] = {}  # queues that gained tasks
 
     def handle(self, event: Any, now: float) -> list[Effect]:
         """What to do about an event.
@@ -237,14 +113,15 @@ class Scheduler:
         while True:
             while self._ends:
                 self._tell(*self._ends.popleft())
-            if self._touched or self._fed:
+            while self._touched or self._fed:
                 self._assign()
             if not self._expire():
                 break
         self._take_back()
         effects = self._effects
         for engine, tasks in self._runs.items():
-            effects.append(Run(engine.id, tasks))
+            if tasks:
+                effects.append(Run(engine.id, tasks))
         self._effects, self._runs = [], {}
         return effects
 
@@ -298,20 +175,25 @@ class Scheduler:
                 assert all(queue in e.queues for e in queue.engines)
             takers = [e for e in self.engines.values() if e.open and queue.admits(e.id)]
             assert not tasks or not takers, "work is held back"
+        for key, task in self._too_long.items():
+            assert key not in seen and self.engines
+            assert all(e.until < math.inf or e.id in (task.refused or ()) for e in self.engines.values())
+            seen[key] = READY
         valid = {e for _, stamp, e in self._heap if e.stamp == stamp}
         for engine in self.engines.values():
             held = len(engine.outstanding)
             assert all(q.count and engine in q.engines for q in engine.queues)
             assert abs(engine.backlog - sum(t.est for t in engine.outstanding.values())) < 1e-6
-            assert held <= self._cap and (held or engine.open and not engine.stuck), "flooded, or idle and closed"
-            assert engine.open == (engine in self._open) == (engine in valid)
-            assert (engine in self._idle) == (not held) and (engine in self._loaded) == (held > 1)
+            here = not engine.away
+            assert not here or held <= self._cap and (held or engine.open and not engine.stuck), "flooded, or idle and closed"
+            assert engine.open == (engine in self._open) == (engine in valid) and (here or not engine.open)
+            assert (engine in self._idle) == (here and not held) and (engine in self._loaded) == (here and held > 1)
             for key, task in engine.outstanding.items():
                 assert task.key == key not in seen and task.engine == engine.id and task.attempt > 0
                 assert task.allowed is None or engine.id in task.allowed
                 seen[key] = task.state
         assert set(self._open) | set(self._idle) | set(self._loaded) <= set(self.engines.values())
-        waits = {t.wait for t in self.tasks.values() if t.wait is not None}
+        waits = {t.wait for t in self.tasks.values() if t.wait is not None} - {self._held}
         watched = [(key, tally, wait) for key, found in self._dependents.items() for tally, wait in found.items()]
         assert {wait for _, _, wait in watched} == waits and {key for key, _, _ in watched} <= set(self.tasks)
         for wait in waits:
@@ -321,6 +203,7 @@ class Scheduler:
             for tally in wait.tallies:
                 assert tally.left == sum(t is tally for _, t, _ in watched)
             seen.update(dict.fromkeys(wait.tasks, WAITING))
+        seen.update(dict.fromkeys(self._held.tasks if self._held else (), WAITING))
         assert seen == {k: t.state for k, t in self.tasks.items()}, "a task is lost, or not where its state says"
         timed = {order for _, order, _ in self._timeouts}
         assert all(t.order in timed for t in self.tasks.values() if t.spec.timeout is not None and not t.attempt)
@@ -349,9 +232,11 @@ class Scheduler:
     # events
 
     def _on_submit(self, event: Submit) -> None:
+        if self._held is not None:
+            return self._withhold(event.tasks, self._held)
         tasks, now = self.tasks, self._now
         spec: Optional[Spec] = None
-        queue: Optional[_Queue] = None
+        queue: Optional[Queue] = None
         wait: Optional[Wait] = None
         for task in event.tasks:
             if task.key in tasks:
@@ -395,8 +280,8 @@ class Scheduler:
 
     def _unregistered(self, spec: Spec) -> str:
         names = ", ".join(map(str, spec.targets or ()))
-        which = f"engine {names} is" if len(spec.targets or ()) == 1 else f"none of the engines {names} is"
-        return f"{which} not registered; see `ids` of the client for those that are"
+        which = f"engine {names} is not" if len(spec.targets or ()) == 1 else f"none of the engines {names} is"
+        return f"{which} registered; see `ids` of the client for those that are"
 
     def _on_finished(self, event: Finished) -> None:
         engine_id, session, records = event
@@ -434,6 +319,8 @@ class Scheduler:
             counted.append(at)
             if dependents and key in dependents:
                 self._ends.append((key, outcome))
+        if not tasks:
+            tasks.clear()  # gives back the room of as many tasks as there ever were at a time
         if n:
             self._measure(spec, total, n)
             engine.progress, engine.stuck = self._now, False
@@ -495,14 +382,152 @@ class Scheduler:
                 self._place(task)
 
     def _on_engine_up(self, event: EngineUp) -> None:
-        if event.engine_id in self.engines:
+        engine = self.engines.get(event.engine_id)
+        if engine is None:
+            engine = self.engines[event.engine_id] = EngineState(event.engine_id, self._now, event.until, event.drain_s)
+            for queue in self._queues.values():
+                if queue.admits(engine.id):
+                    queue.engines[engine] = None
+                    engine.queues[queue] = None
+        elif not engine.away:
             raise ValueError(f"engine {event.engine_id} is up already")
-        engine = self.engines[event.engine_id] = EngineState(event.engine_id, self._now)
-        for queue in self._queues.values():
-            if queue.admits(engine.id):
-                queue.engines[engine] = None
-                engine.queues[queue] = None
-        self._touched[engine] = None
+        engine.until, engine.drain_s, engine.progress = event.until, event.drain_s, self._now
+        engine.away = engine.stuck = False
+        if event.holds or engine.outstanding:
+            self._compare(engine, event.holds)
+        if event.away:
+            self._on_away(Away([(engine.id, "")]))
+        else:
+            self._touched[engine] = None
+        self._think_again()
+
+    def _compare(self, engine: EngineState, holds: Sequence[Held]) -> None:
+        """An engine that came back says what it holds: see what of that, and of what it was given, is still valid."""
+        mine, void, recalled = engine.outstanding, [], []
+        kept: dict[TaskKey, Task] = {}
+        lost = {key for key, _, flag in holds if flag == LOST_RESULT}
+        engine.outstanding = kept
+        for key, attempt, flag in holds:
+            task = self.tasks.get(key)
+            if task is not None and key in mine and task.attempt == attempt and key not in lost:
+                kept[key] = task
+                if task.state is RECALLED:
+                    recalled.append(key)
+            elif task is None and self._held is not None:
+                self._claims[key] = engine.id, attempt, flag
+            elif task is None or task.wait is not self._held or task.wait is None or not self._adopt(engine, task, attempt, flag):
+                void.append((key, attempt))
+        gone = [task for key, task in mine.items() if key not in kept]
+        for task in gone:
+            engine.backlog -= task.est
+            if task.aborted:
+                self._fail(task, "TaskAborted", "the task was aborted before it started")
+            elif task.spec.once and task.key in lost:
+                self._fail(task, "EngineError", f"the task ran on engine {engine.id}, its result was lost on the way, and {ONCE}")
+            else:
+                self._move(task, READY, "result lost on the way" if task.key in lost else "never arrived")
+                self._place(task)
+        if void:
+            self._effects.append(Void(engine.id, void))
+        if recalled:
+            self._effects.append(Recall(engine.id, recalled))
+
+    def _adopt(self, engine: EngineState, task: Task, attempt: int, flag: int) -> bool:
+        """An engine holds a task that is withheld; returns whether it may keep it."""
+        if flag == LOST_RESULT:
+            task.attempt = max(task.attempt, attempt)  # it has run
+            return False
+        if task.allowed is not None and engine.id not in task.allowed:
+            return False
+        self._unqueue(task)
+        task.wait, task.engine, task.attempt = None, engine.id, attempt
+        task.est = self._estimates.get(task.spec.function) or self.prefetch_s
+        engine.outstanding[task.key] = task
+        engine.backlog += task.est
+        self._move(task, ASSIGNED, "held by its engine")
+        return True
+
+    def _on_away(self, event: Away) -> None:
+        away = [self.engines[i] for i, _ in event.engines if i in self.engines]
+        for engine in away:
+            engine.away, engine.open, engine.stamp = True, False, -1
+            for group in (self._open, self._idle, self._loaded, self._touched):
+                group.pop(engine, None)
+        if not event.move:
+            return
+        why = dict(event.engines)
+        for engine in away:
+            for task in list(engine.outstanding.values()):
+                ids = self.engines if task.allowed is None else [i for i in task.allowed if i in self.engines]
+                if task.spec.once or all(self.engines[i].away or i in (task.excluded or ()) for i in ids):
+                    continue
+                del engine.outstanding[task.key]
+                engine.backlog -= task.est
+                self._lose(task, why[engine.id], False)
+
+    # a former run that is carried on
+
+    def _on_hold(self, event: Hold) -> None:
+        self._held = self._held or Wait(Spec())
+
+    def _withhold(self, tasks: Iterable[Task], held: Wait) -> None:
+        for task in tasks:
+            if task.key in self.tasks:
+                continue
+            self._orders += 1
+            task.order, task.submitted, task.wait = self._orders, self._now, held
+            self.tasks[task.key] = held.tasks[task.key] = task
+            if task.spec.timeout is not None and not task.attempt:
+                self._limit_waiting(task, task.spec.timeout)
+            if task.key in self._claims:
+                engine_id, attempt, flag = self._claims.pop(task.key)
+                engine = self.engines.get(engine_id)
+                if engine is not None and not self._adopt(engine, task, attempt, flag):
+                    self._effects.append(Void(engine_id, [(task.key, attempt)]))
+                elif engine is not None:
+                    self._touched[engine] = None
+
+    def never_started(self, keys: Iterable[TaskKey]) -> None:
+        """The engine that these withheld tasks were last given to says that it has not got them."""
+        for key in keys:
+            task = self.tasks.get(key)
+            if task is not None and task.spec.once and task.wait is self._held:
+                task.attempt = 0
+
+    def _on_release(self, event: Release) -> None:
+        if self._held is None:
+            return
+        tasks, self._held = list(self._held.tasks.values()), None
+        claims, self._claims = self._claims, {}
+        self._effects += [Void(engine_id, [(key, attempt)]) for key, (engine_id, attempt, _) in claims.items()]
+        settled: list[Task] = []
+        ready: list[Task] = []
+        for task in tasks:
+            task.wait = None
+            if task.key in event.settled:
+                self._move(task, DONE, "its client has the result")
+                self.ended[DONE] += 1
+                self._outcomes.note(task.key[0], [task.key[1]], True, None)
+                del self.tasks[task.key]
+                settled.append(task)
+            elif task.spec.once and task.attempt:
+                self._fail(task, "EngineError", f"the controller was started anew, the task may have run before, and {ONCE}")
+            else:
+                if event.doubtful:
+                    task.attempt = max(task.attempt, 1)
+                del self.tasks[task.key]  # to be put in again
+                ready.append(task)
+        if settled:
+            self._effects.append(Settled(settled))
+        self._on_submit(Submit(ready))
+
+    def knows(self, key: TaskKey) -> bool:
+        """Whether tasks may depend on this one."""
+        return key in self.tasks or self._outcomes.get(key) is not None
+
+    def learn(self, key: TaskKey, ok: bool, engine_id: Optional[int]) -> None:
+        """How a task ended of which only records know."""
+        self._outcomes.note(key[0], [key[1]], ok, engine_id)
 
     def _on_engine_down(self, event: EngineDown) -> None:
         engine = self.engines.pop(event.engine_id, None)
@@ -523,7 +548,13 @@ class Scheduler:
                 stranded += queue.tasks()
         why = event.reason
         ran = isinstance(running, tuple) and running in engine.outstanding
+        # Results may have been under way, so that only what was behind the running task has surely not been started.
+        unseen = event.running == UNKNOWN or not ran and (event.crashed or engine.away)
         for task in lost:
+            if task.spec.once and (ran or unseen) and event.verdict is None and not task.aborted:
+                self._fail(task, "EngineError", f"{why}; the task may have run, and {ONCE}")
+                ran = ran and task.key != running
+                continue
             if task.key == running:
                 ran = False
                 task.crashes += event.crashed
@@ -531,14 +562,19 @@ class Scheduler:
                 if event.verdict is not None and not task.aborted:
                     self._fail(task, *event.verdict)
                     continue
+                if task.crashes > self.crash_limit and event.item:  # the other items of the chunk are innocent
+                    before, verdict = task.spec, f"{why}; this item has ended {task.crashes} engines and is not tried again"
+                    task.spec = before.without(event.item - 1, verdict)
+                    task.crashes = task.crashes if task.spec is before else 0
             else:
                 note = why + (" (may have run)" if ran else " (not started)")
-            self._lose(task, note, event.crashed)
+            self._lose(task, note, event.crashed and not event.replaced)
         for task in stranded:
             if self._fits(task) or task.allowed is None and not self.engines:
                 self._place(task)
             else:
                 self._strand(task, why)
+        self._think_again()
 
     def _on_host_down(self, event: HostDown) -> None:
         for engine in event.engines:
@@ -578,14 +614,14 @@ class Scheduler:
 
     # queues
 
-    def _queue(self, allowed: Optional[Ids], barred: Optional[Ids]) -> Optional[_Queue]:
+    def _queue(self, allowed: Optional[Ids], barred: Optional[Ids]) -> Optional[Queue]:
         """The queue of a constraint, about to gain tasks; None if no engine satisfies it."""
         if allowed is None and barred is None:
             queue = self._any
         else:
             found = self._queues.get((allowed, barred))
             if found is None:
-                found = _Queue(allowed, barred)
+                found = Queue(allowed, barred)
                 ids = self.engines if allowed is None else sorted(i for i in allowed if i in self.engines)
                 found.engines = {self.engines[i]: None for i in ids if found.admits(i)}
                 if not found.engines:
@@ -624,12 +660,39 @@ class Scheduler:
             if not task.wait.tasks:
                 self._undepend(task.wait)
             return
+        if self._too_long.pop(task.key, None) is not None:
+            return
         queue = self._any if task.allowed is task.excluded is None else self._queues[task.allowed, task.excluded]
         queue.forget()
         if not queue.count:
             self._drop(queue)
 
-    def _drop(self, queue: _Queue) -> None:
+    def _pass_on(self, task: Task, engine: EngineState) -> None:
+        """The engine would have to leave before the task, which is in no queue, is done."""
+        task.excluded = (task.excluded or frozenset()) | {engine.id}
+        if all(i in task.excluded for i in self.engines):  # then who failed it may try again
+            task.excluded = frozenset(e.id for e in self.engines.values() if self._leaves_before(e, task.spec)).union(
+                [engine.id], task.refused or ())
+        if all(i in task.excluded for i in self.engines):
+            self._too_long[task.key] = task
+        else:
+            self._place(task)
+
+    def _leaves_before(self, engine: EngineState, spec: Spec) -> bool:
+        """Would a task, sent to the engine now, be done too late?"""
+        return engine.backlog + (self._estimates.get(spec.function) or engine.drain_s) > engine.until - self._now
+
+    def _think_again(self) -> None:
+        """Engines have come or gone: see which may run the tasks that took too long for those that were there."""
+        tasks, self._too_long = self._too_long, {}
+        for task in tasks.values():
+            task.excluded = task.refused
+            if self._fits(task) or not self.engines:
+                self._place(task)
+            else:
+                self._fail(task, "ImpossibleDependency", "no engine meets the dependencies of the task")
+
+    def _drop(self, queue: Queue) -> None:
         """The queue is empty."""
         if queue is not self._any:
             del self._queues[queue.allowed, queue.barred]
@@ -705,6 +768,8 @@ class Scheduler:
 
     def _settle(self, engine: EngineState) -> None:
         """Take note of an engine's new load."""
+        if engine.away:
+            return
         held = len(engine.outstanding)
         if not held:
             engine.backlog, engine.stuck = 0.0, False
@@ -757,7 +822,7 @@ class Scheduler:
             touched.update(queue.engines)
         hungry = [e for e in touched if e.open and e.queues]
         while hungry:
-            shares: dict[_Queue, int] = {}
+            shares: dict[Queue, int] = {}
             hungry.sort(key=lambda e: (e.rank, e.stamp))
             for engine in hungry:
                 if self._feed(engine, shares):
@@ -778,9 +843,9 @@ class Scheduler:
             for engine in served:
                 self._settle(engine)
 
-    def _feed(self, engine: EngineState, shares: dict[_Queue, int]) -> bool:
+    def _feed(self, engine: EngineState, shares: dict[Queue, int]) -> bool:
         """Give an engine the oldest tasks it may take, of each queue no more than its share."""
-        sources: list[tuple[int, _Queue, int]] = []  # order of the head, queue, what may be taken of it
+        sources: list[tuple[int, Queue, int]] = []  # order of the head, queue, what may be taken of it
         for queue in (self._any, *engine.queues):
             head = queue.head()
             if head is not None:
@@ -807,14 +872,14 @@ class Scheduler:
                 sources.append((head.order, queue, share - taken))
         return len(engine.outstanding) > before
 
-    def _take(self, engine: EngineState, queue: _Queue, limit: int, before: float) -> int:
-        """Assign up to `limit` tasks of a queue that are older than `before`, while the engine is open."""
+    def _take(self, engine: EngineState, queue: Queue, limit: int, before: float) -> int:
+        """Assign up to `limit` tasks of a queue that are older than `before`, while the engine is open; returns how many left it."""
         outstanding, backlog = engine.outstanding, engine.backlog
         run = self._runs.get(engine)
         if run is None:
             run = self._runs[engine] = []
         spec: Optional[Spec] = None
-        est, taken, held = 0.0, 0, len(outstanding)
+        est, taken, held, leaves = 0.0, 0, len(outstanding), engine.until < math.inf
         while taken < limit and (not held or held < self._cap and backlog < self._limit_s):
             task = queue.head()
             if task is None or task.order > before:
@@ -824,6 +889,12 @@ class Scheduler:
                 spec = task.spec
                 # A function that was never measured fills the engine, so that its first tasks spread.
                 est = self._estimates.get(spec.function) or self.prefetch_s
+            if leaves and task.allowed is None:
+                engine.backlog = backlog
+                if self._leaves_before(engine, task.spec):
+                    self._pass_on(task, engine)
+                    taken += 1
+                    continue
             task.engine, task.est = engine.id, est
             task.attempt = task.attempt % ATTEMPTS_MAX + 1
             self._move(task, ASSIGNED)
@@ -909,6 +980,9 @@ _HANDLERS: dict[type, Callable[[Scheduler, Any], None]] = {
     EngineUp: Scheduler._on_engine_up,
     EngineDown: Scheduler._on_engine_down,
     HostDown: Scheduler._on_host_down,
+    Away: Scheduler._on_away,
+    Hold: Scheduler._on_hold,
+    Release: Scheduler._on_release,
     Abort: Scheduler._on_abort,
     Tick: lambda scheduler, event: None,
 }

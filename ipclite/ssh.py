@@ -18,6 +18,8 @@ import hashlib
 import logging
 import os
 import socket
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Optional, Tuple
@@ -94,10 +96,17 @@ def config_text(path: str, depth: int = 0) -> str:
     return "\n".join(lines) + "\n"
 
 
-def find_hop(server: str, config: Any) -> Hop:
-    """What the user's configuration says about a server."""
+def on_terminal() -> bool:
+    """Whether somebody can be asked: stdin is a terminal, and we are not in its background."""
+    if sys.stdin is None or sys.stdin.closed or not sys.stdin.isatty():
+        return False
+    return not hasattr(os, "tcgetpgrp") or os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+
+
+def find_hop(server: str, config: Any, over: Optional[dict[str, Any]] = None) -> Hop:
+    """What the user's configuration says about a server; what `over` says counts more."""
     user, name, port = parse_server(server)
-    options = dict(config.lookup(name))
+    options = {**config.lookup(name), **(over or {})}
     return Hop(name, options["hostname"], port or int(options.get("port", 22)),
                user or options.get("user") or getpass.getuser(), options)
 
@@ -113,14 +122,16 @@ class Login:
         password: for the account and for the key, or None.
         ask: puts a question to the user; returns None if nobody can answer.
         timeout_s: for everything but the questions.
+        over: options of the server, over those of its configuration; names in lower case, as in {"port": "2222"}.
     """
 
-    def __init__(self, key: str, password: Optional[str], ask: Callable[[str], Optional[str]], timeout_s: float):
+    def __init__(self, key: str, password: Optional[str], ask: Callable[[str], Optional[str]], timeout_s: float,
+                 over: Optional[dict[str, Any]] = None):
         import paramiko
 
         self._paramiko: Any = paramiko
         self._key, self._password = key, password
-        self._put = ask
+        self._put, self._over = ask, over
         self._deadline = time.monotonic() + timeout_s
         try:
             text = config_text("~/.ssh/config") + config_text("/etc/ssh/ssh_config")
@@ -134,7 +145,7 @@ class Login:
         Raises:
             TunnelError: names the step, the server and the fix.
         """
-        hop = find_hop(server, self._config)
+        hop = find_hop(server, self._config, None if jumps else self._over)
         paramiko = self._paramiko
         if jumps > JUMPS_MAX:
             raise TunnelError(f"ProxyJump in ~/.ssh/config leads from {server} to itself; remove the line")
@@ -444,7 +455,7 @@ last_words = LastWords()
 
 
 def open_channel(transport: Any, server: str, host: str, port: int, timeout_s: float) -> Any:
-    """A connection from the ssh server to host:port.
+    """A connection from the ssh server to host:port, or with port 0 to the socket file `host`.
 
     Raises:
         TunnelError: the ssh server forwards nothing, or is gone.
@@ -453,15 +464,52 @@ def open_channel(transport: Any, server: str, host: str, port: int, timeout_s: f
     import paramiko
 
     last_words.text = ""
+    where = f"{host}:{port}" if port else host
     try:
+        if not port:
+            return _open_socket_channel(transport, host, timeout_s)
         return transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=timeout_s)
     except paramiko.ChannelException as e:
         if e.code == PROHIBITED:
-            raise TunnelError(f"the ssh server {server} refuses to forward to {host}:{port} (AllowTcpForwarding or "
+            raise TunnelError(f"the ssh server {server} refuses to forward to {where} (AllowTcpForwarding or "
                               "PermitOpen in its sshd_config); ask its administrator, or name another server with "
                               "--ssh (sshserver=)") from None
         reason = last_words.text.rpartition(":")[0] or e.text
-        raise ConnectError(f"the ssh server {server} can't reach {host}:{port} ({reason})") from None
+        reason += "" if port else ": it is not there, or AllowStreamLocalForwarding is off in its sshd_config"
+        raise ConnectError(f"the ssh server {server} can't reach {where} ({reason})") from None
     except (paramiko.SSHException, EOFError, OSError) as e:
-        raise TunnelError(f"the ssh server {server} did not connect us to {host}:{port} in time, or "
+        raise TunnelError(f"the ssh server {server} did not connect us to {where} in time, or "
                           f"is gone ({e})", True) from None
+
+
+def _open_socket_channel(transport: Any, path: str, timeout_s: float) -> Any:
+    """`transport.open_channel` to a socket file, which it lacks: "direct-streamlocal@openssh.com" of
+    https://github.com/openssh/openssh-portable/blob/master/PROTOCOL, made of the same parts."""
+    from paramiko import Channel, ChannelException, Message
+    from paramiko.common import DEFAULT_MAX_PACKET_SIZE, cMSG_CHANNEL_OPEN
+
+    opened = threading.Event()
+    with transport.lock:
+        number = transport._next_channel()
+        channel = Channel(number)
+        transport._channels.put(number, channel)
+        transport.channel_events[number] = opened
+        transport.channels_seen[number] = True
+        channel._set_transport(transport)
+        channel._set_window(WINDOW, DEFAULT_MAX_PACKET_SIZE)
+    message = Message()
+    message.add_byte(cMSG_CHANNEL_OPEN)
+    message.add_string("direct-streamlocal@openssh.com")
+    for size in (number, WINDOW, DEFAULT_MAX_PACKET_SIZE):
+        message.add_int(size)
+    message.add_string(path)
+    message.add_string("")
+    message.add_int(0)
+    transport._send_user_message(message)
+    deadline = time.monotonic() + timeout_s
+    while not opened.wait(0.1):
+        if not transport.is_active() or time.monotonic() > deadline:
+            raise EOFError("it did not answer")
+    if transport._channels.get(number) is None:
+        raise transport.get_exception() or ChannelException(2, "refused")
+    return channel

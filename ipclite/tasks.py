@@ -2,7 +2,7 @@
 
     Spec, Task, State, Needs      a task, the conditions it came with, how far it has got
     Submit ... Tick               events: what the scheduler is told
-    Run, Accept, Fail, Recall     effects: what it wants done
+    Run ... Settled               effects: what it wants done
 
 Records only: whoever decides is in scheduler.py, whoever sends in controller.py.
 """
@@ -10,14 +10,16 @@ Records only: whoever decides is in scheduler.py, whoever sends in controller.py
 from __future__ import annotations
 
 import json
+import math
 from enum import Enum
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Sequence, Tuple, Union
 
 from .errors import ProtocolError
 from .wire import Payload, TaskKey, task_key
 
 UNKNOWN = "unknown"  # EngineDown.running when nobody saw which task was running
 FOREVER_S = 1e9  # a longer timeout is a mistake
+LOST_RESULT = 1  # of a task that an engine held: it has run, but its result is not there any more
 ATTEMPTS_MAX = 0xFFFF  # what their two bytes hold; after it they start again, as only recent ones must differ
 
 
@@ -36,7 +38,7 @@ class State(Enum):
 WAITING, READY, ASSIGNED, RECALLED, DONE, FAILED, ABORTED = State
 
 TRANSITIONS: dict[State, frozenset[State]] = {
-    WAITING: frozenset((READY, FAILED, ABORTED)),
+    WAITING: frozenset((READY, ASSIGNED, DONE, FAILED, ABORTED)),
     READY: frozenset((ASSIGNED, FAILED, ABORTED)),
     ASSIGNED: frozenset((DONE, READY, RECALLED, FAILED)),
     RECALLED: frozenset((DONE, READY, FAILED, ABORTED)),
@@ -78,6 +80,7 @@ class Spec:
     Attributes:
         targets: ids of the engines that may run them; None = any.
         retries: how often a task that raised is tried again.
+        once: whether a task that may have run must not be run again.
         fn: digest of the function, in hex; None if the task needs none.
         function: key under which run times are estimated.
         raw: the JSON it was read from.
@@ -85,11 +88,11 @@ class Spec:
         timeout: s that a task may wait for its first assignment; None = for ever.
     """
 
-    __slots__ = ("targets", "allowed", "retries", "fn", "function", "raw", "after", "follow", "timeout")
+    __slots__ = ("targets", "allowed", "retries", "fn", "function", "raw", "after", "follow", "timeout", "once")
 
     def __init__(self, targets: Optional[tuple[int, ...]] = None, retries: int = 0, fn: Optional[str] = None,
                  op: str = "", raw: bytes = b"", after: Optional[Needs] = None, follow: Optional[Needs] = None,
-                 timeout: Optional[float] = None):
+                 timeout: Optional[float] = None, once: bool = False):
         self.targets = targets
         self.allowed: Optional[Ids] = None if targets is None else frozenset(targets)
         self.retries = retries
@@ -99,6 +102,7 @@ class Spec:
         self.after = after
         self.follow = follow
         self.timeout = timeout
+        self.once = once
 
     @classmethod
     def from_json(cls, raw: bytes) -> Spec:
@@ -121,11 +125,25 @@ class Spec:
         fn, op = body.get("fn"), body.get("op", "")
         if not isinstance(fn or "", str) or not isinstance(op, str):
             raise ProtocolError(f"the function of a task must be text, not {fn!r} or {op!r}")
-        timeout = body.get("timeout")
-        if timeout is not None and not (type(timeout) in (int, float) and 0 <= timeout < FOREVER_S):
-            raise ProtocolError(f"timeout must be a number of seconds from 0, not {timeout!r}")
+        for name in ("timeout", "run_timeout"):
+            seconds = body.get(name)
+            if seconds is not None and not (type(seconds) in (int, float) and 0 <= seconds < FOREVER_S):
+                raise ProtocolError(f"{name} must be a number of seconds from 0, not {seconds!r}")
         return cls(None if targets is None else tuple(targets), retries, fn or None, op, raw,
-                   Needs.from_dict(body.get("after")), Needs.from_dict(body.get("follow")), timeout)
+                   Needs.from_dict(body.get("after")), Needs.from_dict(body.get("follow")), body.get("timeout"),
+                   body.get("once") is True)
+
+
+    def without(self, item: int, why: str) -> Spec:
+        """The same for a chunk of a map that is to run without one of its items; itself if it is nothing of the kind."""
+        body = json.loads(self.raw)
+        if body.get("op") != "map" or str(item) in body.get("skip", {}):
+            return self
+        body["skip"] = {**body.get("skip", {}), str(item): why}
+        raw = json.dumps(body, separators=(",", ":")).encode()
+        spec = Spec(self.targets, self.retries, self.fn, "", raw, self.after, self.follow, self.timeout, self.once)
+        spec.function = self.function
+        return spec
 
 
 class Task:
@@ -217,8 +235,24 @@ class Returned(NamedTuple):
     ids: list[tuple[int, int]]
 
 
+Held = Tuple[TaskKey, int, int]  # task, attempt, and 0 or LOST_RESULT
+
+
 class EngineUp(NamedTuple):
+    """An engine has come, or come back.
+
+    Args:
+        until: when it takes no more tasks, as its job ends; tasks that would take longer go elsewhere.
+        drain_s: what a task is thought to take of which nobody knows.
+        holds: tasks that it had before, or whose results it has, in the order in which it got them. It has started no others.
+        away: it can't be reached yet.
+    """
+
     engine_id: int
+    until: float = math.inf
+    drain_s: float = 0.0
+    holds: Sequence[Held] = ()
+    away: bool = False
 
 
 class EngineDown(NamedTuple):
@@ -228,13 +262,26 @@ class EngineDown(NamedTuple):
         reason: a sentence that names the engine and the cause.
         running: key of the task that was running; None = no task was; `UNKNOWN` = nobody saw.
         crashed: it did not end on purpose, so the running task may be the cause.
+        verdict: what the running task fails with: error class and message.
+        item: number + 1 of the item that it was at, of the chunk of a map; 0: nobody knows.
+        replaced: a new one will take its place.
     """
 
     engine_id: int
     reason: str
     running: Union[TaskKey, None, str] = UNKNOWN
     crashed: bool = True
-    verdict: Optional[tuple[str, str]] = None  # what the running task fails with: error class and message
+    verdict: Optional[tuple[str, str]] = None
+    item: int = 0
+    replaced: bool = False
+
+
+class Away(NamedTuple):
+    """Engines can't be reached, and may come back; (id, a sentence that says why) of each. What they hold stays theirs, but for what
+    others may run: with `move` that goes to them."""
+
+    engines: list[tuple[int, str]]
+    move: bool = False
 
 
 class HostDown(NamedTuple):
@@ -246,6 +293,23 @@ class HostDown(NamedTuple):
 class Abort(NamedTuple):
     session: bytes
     seqs: list[int]
+
+
+class Hold(NamedTuple):
+    """A former run is about to be carried on: nothing is given out before `Release`. Its tasks come with `Submit`, those that were
+    given out with the attempt that is known of them."""
+
+
+class Release(NamedTuple):
+    """Who shall carry on has had time to come back: what no engine has claimed goes its way.
+
+    Args:
+        settled: tasks whose clients have their results.
+        doubtful: an engine that was there is not back, so that tasks may have been started of which that is not known.
+    """
+
+    settled: frozenset[TaskKey] = frozenset()
+    doubtful: bool = False
 
 
 class Tick(NamedTuple):
@@ -280,4 +344,17 @@ class Recall(NamedTuple):
     keys: list[TaskKey]
 
 
-Effect = Union[Run, Accept, Fail, Recall]
+class Void(NamedTuple):
+    """What an engine that came back holds of these tasks, (key, attempt), does not count any more."""
+
+    engine_id: int
+    ids: list[tuple[TaskKey, int]]
+
+
+class Settled(NamedTuple):
+    """These tasks, whose clients have their results, are not run again."""
+
+    tasks: list[Task]
+
+
+Effect = Union[Run, Accept, Fail, Recall, Void, Settled]

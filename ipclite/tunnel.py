@@ -30,7 +30,7 @@ from typing import Any, Optional, Tuple
 
 from .errors import ConnectError, TunnelError, UserError
 from .files import runtime_dir
-from .ssh import WINDOW, Login, last_words, open_channel
+from .ssh import WINDOW, Login, last_words, on_terminal, open_channel
 
 TUNNEL_S = 20.0  # the least time that a connection through several hosts gets
 CHUNK = 32 * 1024 - 64  # bytes: fits the packets that sshd takes
@@ -64,7 +64,7 @@ class Tunnel:
 
         Args:
             server: "[user@]host[:port]", or a name in ~/.ssh/config.
-            host, port: where the controller listens, as the ssh server sees it.
+            host, port: where the controller listens, as the ssh server sees it; port 0: `host` is the path of a socket.
             home: name of the controller's host, for messages.
             timeout_s: to reach it in, of at least `TUNNEL_S`; questions to the user do not count.
 
@@ -186,13 +186,6 @@ def socket_path(name: str) -> str:
     return str(runtime_dir() / f"tunnel-{name}")
 
 
-def on_terminal() -> bool:
-    """Whether somebody can be asked: stdin is a terminal, and we are not in its background."""
-    if sys.stdin is None or sys.stdin.closed or not sys.stdin.isatty():
-        return False
-    return not hasattr(os, "tcgetpgrp") or os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
-
-
 # ---------------------------------------------------------------- the tunnel process
 
 
@@ -228,7 +221,7 @@ class Forwarder:
             raise
         except ConnectError as e:
             fix = (f"; a controller that listens on its own host only is reached by ssh to that host ({home}), or "
-                   "start it with --ip=* (or --ip=ADDRESS)" if host in LOOPBACK else
+                   "start it with --ip=* (or --ip=ADDRESS)" if host in LOOPBACK or not port else
                    "; is the controller gone? If not, correct 'location' in the connection file, or start it with "
                    "--ip=* and the --location=ADDRESS that the ssh server knows it by")
             raise ConnectError(f"{e}{fix}") from None

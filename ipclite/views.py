@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import json
-import math
+import sys
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Callable, Iterable, Iterator, Optional, Sequence, TypeVar, Union
 
 from . import functions, pack
@@ -17,6 +18,7 @@ from .errors import CompositeError, NoEnginesRegistered
 from .maps import Gathered, LazyMapIterator, check_dist, columns, cut, split
 from .results import AsyncExecuteResult, AsyncMapResult, AsyncResult
 
+FOREVER_S = 1e9  # a longer time is a mistake
 CHUNKS_PER_ENGINE = 32  # of an automatically chunked map: the last one to end costs about 1/32 of the whole
 
 AnyView = TypeVar("AnyView", bound="View")
@@ -38,8 +40,9 @@ class View:
     _flags: tuple[str, ...] = ("targets", "block", "track", "label", "run_timeout")
     track = False
     label: Optional[str] = None
-    run_timeout: Optional[float] = None
+    run_timeout: Union[float, timedelta, None] = None
     _chunks = False  # whether its map takes a chunksize
+    _map_options: tuple[str, ...] = ("ordered", "return_exceptions", "track", "label")
 
     def __init__(self, client: Any, targets: Any, block: Optional[bool] = None, **flags: Any):
         self.client, self.targets = client, targets
@@ -53,6 +56,9 @@ class View:
     def __len__(self) -> int:
         return len(self._ids()[0])
 
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{self!r} can not leave this process: a task that is to submit others needs a Client of its own")
+
     def set_flags(self: AnyView, **flags: Any) -> AnyView:
         """Set flags; returns the view.
 
@@ -62,18 +68,22 @@ class View:
         for name in flags:
             if name not in self._flags:
                 raise TypeError(f"{type(self).__name__} has no flag {name!r}; its flags are {', '.join(self._flags)}")
-        self.__dict__.update(flags)
+        for name, value in flags.items():
+            setattr(self, name, value)
         return self
 
     @contextmanager
     def temp_flags(self: AnyView, **flags: Any) -> Iterator[AnyView]:
         """Set flags within a `with` block."""
         before = {name: getattr(self, name) for name in flags if name in self._flags}
+        unset = [name for name in before if name not in self.__dict__]
         self.set_flags(**flags)
         try:
             yield self
         finally:
             self.set_flags(**before)
+            for name in unset:  # to say `retries=0` is not the same as to say nothing
+                self.__dict__.pop(name, None)
 
     def _with(self: AnyView, **flags: Any) -> AnyView:
         """A view like this one but for some flags, which threads do not share."""
@@ -87,7 +97,7 @@ class View:
 
     def _spec(self, op: str, fn: Optional[str], targets: Optional[Sequence[int]], **more: Any) -> bytes:
         if self.run_timeout is not None:
-            more["run_timeout"] = self.run_timeout
+            more["run_timeout"] = _seconds("run_timeout", self.run_timeout, sys.float_info.min)
         if self.label is not None:
             if not isinstance(self.label, str):
                 raise TypeError(f"a label is a text, not {type(self.label).__name__}")
@@ -169,15 +179,22 @@ class View:
             options: `return_exceptions` puts exceptions in place of the values of failed items, and what the kind of
                 view adds.
         """
-        return self._answer(self._map(f, sequences, **options), block)
+        return self._answer(self._mapped(f, sequences, options), block)
 
     def map_async(self, f: Callable[..., Any], *sequences: Any, **options: Any) -> AsyncMapResult:
         """`map` that returns an AsyncMapResult at once."""
-        return self._map(f, sequences, **options)
+        return self._mapped(f, sequences, options)
 
     def map_sync(self, f: Callable[..., Any], *sequences: Any, **options: Any) -> list[Any]:
         """`map` that waits for the list of values."""
-        return self._answer(self._map(f, sequences, **options), True)  # type: ignore[no-any-return]
+        return self._answer(self._mapped(f, sequences, options), True)  # type: ignore[no-any-return]
+
+    def _mapped(self, f: Callable[..., Any], sequences: Sequence[Any], options: dict[str, Any]) -> AsyncMapResult:
+        unknown = [name for name in options if name not in self._map_options]
+        if unknown:
+            raise TypeError(f"map of a {type(self).__name__} has no option {unknown[0]!r}; its options are block, "
+                            + ", ".join(self._map_options))
+        return self._map(f, sequences, **options)
 
     def imap(self, f: Callable[..., Any], *sequences: Iterable[Any], ordered: bool = True,
              max_outstanding: Union[int, str, None] = "auto", return_exceptions: bool = False) -> LazyMapIterator:
@@ -225,9 +242,9 @@ class View:
         """Wait for AsyncResults; see `Client.wait`."""
         return self.client.wait(jobs, timeout)  # type: ignore[no-any-return]
 
-    def abort(self, jobs: Any = None) -> None:
+    def abort(self, jobs: Any = None, targets: Any = None, block: Optional[bool] = None, *, interrupt: bool = False) -> None:
         """Take back tasks that have not started; see `Client.abort`."""
-        self.client.abort(jobs)
+        self.client.abort(jobs, targets, self._waits(block), interrupt=interrupt)
 
     def queue_status(self, targets: Any = None, verbose: bool = False) -> dict[Any, Any]:
         """What the engines of this view have to do; see `Client.queue_status`."""
@@ -288,6 +305,8 @@ class DirectView(View):
     def __repr__(self) -> str:
         return f"<DirectView {self.targets if self.targets != 'all' else 'all'}>"
 
+    _marks: dict[str, Any] = {}  # metadata of what it submits
+
     def _addressed(self, targets: Any = None) -> tuple[list[int], bool]:
         ids, single = self._ids(targets)
         if not ids:
@@ -297,6 +316,8 @@ class DirectView(View):
     def _call(self, op: str, payload: Any, fn: Optional[str], targets: Any, ar: AsyncResult, wake: bool) -> AsyncResult:
         """One payload to all targets."""
         ids, ar._single = self._addressed(targets)
+        if self._marks:
+            ar._extra = self._marks
         return self.client._connection.submit(ar, [(self._spec(op, fn, ids), payload, len(ids))], wake)  # type: ignore[no-any-return]
 
     def _apply(self, f: Callable[..., Any], args: Any, kwargs: Any, block: bool) -> AsyncResult:
@@ -344,10 +365,11 @@ class DirectView(View):
         view = self if label is None else self._with(label=label)
         return view._execute(code, "<execute>", not silent, targets, block)
 
-    def run(self, filename: str, targets: Any = None, block: Optional[bool] = None) -> Any:
+    def run(self, filename: str, targets: Any = None, block: Optional[bool] = None, label: Optional[str] = None) -> Any:
         """Run a local Python file on the engines, in their namespace; see `execute`."""
+        view = self if label is None else self._with(label=label)
         with open(filename, encoding="utf-8") as f:
-            return self._execute(f.read(), filename, False, targets, block)
+            return view._execute(f.read(), filename, False, targets, block)
 
     def _execute(self, code: str, name: str, show: bool, targets: Any, block: Optional[bool]) -> Any:
         ar = AsyncExecuteResult(self.client, "execute", False, self.label)
@@ -357,7 +379,7 @@ class DirectView(View):
     # --- names
 
     def push(self, ns: dict[str, Any], targets: Any = None, block: Optional[bool] = None, track: Optional[bool] = None) -> Any:
-        """Set names on the engines: {name: value}. A name may be that of an attribute, as in "a.b"."""
+        """Set names on the engines: {name: value}. Attributes and items of what is there have names, too: "a.b", "a['b']"."""
         for name in ns:
             _check_name(name)
         ar = AsyncResult(self.client, "push", False, self.label)
@@ -479,6 +501,10 @@ class BroadcastView(DirectView):
     _flags = (*View._flags, "is_coalescing")
     is_coalescing = False
 
+    @property
+    def _marks(self) -> dict[str, Any]:  # type: ignore[override]
+        return {"is_broadcast": True, "is_coalescing": bool(self.is_coalescing)}
+
     def __repr__(self) -> str:
         return f"<BroadcastView {self.targets}>"
 
@@ -492,7 +518,9 @@ class LoadBalancedView(View):
     """Gives each task to the engine with the least to do.
 
     Attributes (besides View's):
-        retries: how often a task that raised is run again, each time on an engine that has not failed it yet.
+        retries: how often a task that raised is run again, each time on an engine that has not failed it yet. To set it to 0 says more
+            than the default of 0: a task that may have been started is not run again either when its engine or the controller dies, but
+            fails with EngineError.
         after: tasks that must have ended before: an AsyncResult, a message id, a list of these, or a `Dependency`. When that
             can not happen any more the task fails with ImpossibleDependency, when one is not known with InvalidDependency.
         follow: the same, and the task runs on an engine where one of them (a Dependency with `all`: each of them) ran.
@@ -512,20 +540,38 @@ class LoadBalancedView(View):
     _flags = (*View._flags, "follow", "after", "timeout", "retries")
     follow: Any = None
     after: Any = None
-    timeout: Optional[float] = None
+    timeout: Union[float, timedelta, None] = None
     retries = 0
     _chunks = True
+    _map_options = ("chunksize", "ordered", "return_exceptions", "label")
 
     def __init__(self, client: Any, targets: Any = None, block: Optional[bool] = None, **flags: Any):
         super().__init__(client, targets, block, **flags)
 
+    @property
+    def targets(self) -> Optional[list[int]]:
+        """The engines that may run its tasks: ids, or None for all, whoever comes and goes."""
+        return self._chosen
+
+    @targets.setter
+    def targets(self, given: Any) -> None:
+        anyone = given is None or (isinstance(given, str) and given == "all")
+        self._chosen = None if anyone else self.client._targets(given)[0]
+        if self._chosen == []:
+            raise ValueError("targets name no engine: give None for all of them, or ids of some")
+
     def __repr__(self) -> str:
         return f"<LoadBalancedView {'all' if self.targets is None else self.targets}>"
 
+    def _ids(self, targets: Any = None) -> tuple[list[int], bool]:
+        if targets is None and self._chosen is not None:  # those that have gone do not matter while others are there
+            return [i for i in self._chosen if i in self.client._engines], False
+        return super()._ids(targets)
+
     def _task_spec(self, op: str, fn: str) -> bytes:
-        if self.after is None and self.follow is None and self.timeout is None and not self.retries:
-            return self._spec(op, fn, self.targets)
-        return self._spec(op, fn, self.targets, **self._conditions())
+        if self.after is None and self.follow is None and self.timeout is None and not self.retries and "retries" not in self.__dict__:
+            return self._spec(op, fn, self._chosen)
+        return self._spec(op, fn, self._chosen, **self._conditions())
 
     _chunk_spec = functools.partialmethod(_task_spec, "map")
 
@@ -539,10 +585,10 @@ class LoadBalancedView(View):
             if type(self.retries) is not int or self.retries < 0:
                 raise ValueError(f"retries must be a whole number from 0 up, not {self.retries!r}")
             found["retries"] = self.retries
+        elif "retries" in self.__dict__:
+            found["once"] = True
         if self.timeout is not None:
-            if isinstance(self.timeout, bool) or not 0 <= self.timeout < math.inf:
-                raise ValueError(f"timeout must be a number of seconds from 0 up, not {self.timeout!r}")
-            found["timeout"] = self.timeout
+            found["timeout"] = _seconds("timeout", self.timeout, 0)
         for name in ("after", "follow"):
             tasks = getattr(self, name)
             if tasks is not None:
@@ -551,6 +597,11 @@ class LoadBalancedView(View):
                     found[name] = needs.as_spec()
         return found
 
+    def _dependencies(self) -> dict[str, Any]:
+        """`after` and `follow`, as metadata show them."""
+        given = {name: getattr(self, name) for name in ("after", "follow")}
+        return {name: functions.Dependency.of(tasks).as_dict() for name, tasks in given.items() if tasks is not None}
+
     def _part_specs(self, fn: str, total: int, chunksize: Optional[int]) -> list[bytes]:
         return [self._task_spec("apply", fn)] * -(-total // _checked(chunksize or 1))
 
@@ -558,7 +609,10 @@ class LoadBalancedView(View):
         client = self.client
         payload = pack.pack((args, kwargs))
         spec = self._task_spec("apply", client._function(f))
-        return client._connection.submit(AsyncResult(client, _name(f), True, self.label), ((spec, payload, 1),), not block)  # type: ignore[no-any-return]
+        ar = AsyncResult(client, _name(f), True, self.label)
+        if self.after is not None or self.follow is not None:
+            ar._extra = self._dependencies()
+        return client._connection.submit(ar, ((spec, payload, 1),), not block)  # type: ignore[no-any-return]
 
     def _map(self, f: Callable[..., Any], sequences: Sequence[Any], chunksize: Optional[int] = None, ordered: bool = True,
              return_exceptions: bool = False, label: Optional[str] = None) -> AsyncMapResult:
@@ -571,6 +625,7 @@ class LoadBalancedView(View):
         _checked(chunksize)
         starts = range(0, total, chunksize)
         ar = AsyncMapResult(self.client, _name(f), [min(chunksize, total - a) for a in starts], ordered, return_exceptions, self.label)
+        ar._extra = self._dependencies()
         spec = self._task_spec("map", self.client._function(f))
         tasks = [(spec, pack.pack(tuple(c[a : min(a + chunksize, total)] for c in found)), 1) for a in starts]
         return _submit_all(self.client, ar, tasks)
@@ -598,5 +653,26 @@ def _checked(chunksize: Any) -> int:
 
 
 def _check_name(name: Any) -> None:
-    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+    if not isinstance(name, str) or not (name.isidentifier() or _is_place(name)):
         raise ValueError(f"{name!r} is not a name that can be set on an engine")
+
+
+def _is_place(text: str) -> bool:
+    """Whether a value can be assigned to it: `a.b`, `a["b"]`, `a.b[0][1:3]`."""
+    import ast
+
+    try:
+        return isinstance(ast.parse(text.strip(), mode="eval").body, (ast.Attribute, ast.Subscript))
+    except SyntaxError:
+        return False
+
+
+def _seconds(name: str, value: Any, least: float) -> float:
+    """A flag that is a time, in s."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds or a timedelta, not {value!r}")
+    if not least <= value < FOREVER_S:
+        raise ValueError(f"{name} must be a number of seconds {'from 0 up' if not least else 'above 0'}, not {value!r}")
+    return value

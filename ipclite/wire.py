@@ -1,11 +1,13 @@
 """Message kinds and their frames: encode, decode, version. No sockets.
 
-A message is a list of frames. The first is one of the constants below (two bytes: version and kind); what follows
+A message is a list of frames. The first is one of the constants below (two bytes: format and kind); what follows
 depends on the kind:
 
-    HELLO WELCOME REFUSED EXITED CONTROL ENGINES BYE                one JSON object
+    HELLO WELCOME REFUSED EXITED CONTROL ENGINES BYE
+    RESUME MISSING                                                  one JSON object
     QUERY REPLY                                                     one JSON object, and the buffers that it refers to
-    PING PONG                                                       nothing
+    PING                                                            nothing
+    PONG SAVED                                                      a number of eight bytes, in a client's PONG and in SAVED
     FUNCTION                                                        digest, then the frames of the function
     FORGET ABORT RETURNED                                           ids, see below
     TASKS RESULTS                                                   sections: one frame, then its large frames ...
@@ -28,7 +30,7 @@ from typing import Any, Iterable, Iterator, List, NamedTuple, Sequence, Tuple, U
 
 from .errors import ProtocolError
 
-VERSION = 1
+VERSION = 2
 
 HELLO, WELCOME, REFUSED = b"\x01H", b"\x01W", b"\x01N"  # first contact: any role to the controller, and its answers
 PING, PONG, BYE = b"\x01P", b"\x01O", b"\x01B"
@@ -40,11 +42,14 @@ ENGINES = b"\x01E"  # to clients: engines that came and went
 QUERY, REPLY = b"\x01Q", b"\x01Y"
 EXITED = b"\x01X"  # agent: an engine has ended, and why
 CONTROL = b"\x01C"  # to agents: signal, recall, stop
+SAVED = b"\x01V"  # controller: what was sent up to here need not be kept any more
+RESUME, MISSING = b"\x01M", b"\x01L"  # a client that came back waits for these tasks; the controller does not have those
 
 KINDS = frozenset((HELLO, WELCOME, REFUSED, PING, PONG, BYE, FUNCTION, FORGET, TASKS, RESULTS, OUTPUT, ABORT,
-                   RETURNED, ENGINES, QUERY, REPLY, EXITED, CONTROL))
+                   RETURNED, ENGINES, QUERY, REPLY, EXITED, CONTROL, SAVED, RESUME, MISSING))
 
 OK, ERROR, UNMET = 0, 1, 2  # status of a result; UNMET: refused, as a dependency does not hold on this engine
+PRINTED, TOLD = ("stdout", "stderr"), ("data", "display")  # kinds of output: text, and what comes in whole pieces
 NO_ENGINE = 0xFFFFFFFF  # engine id of a result that no engine made
 
 INLINE_MAX = 16 * 1024  # larger pieces are not copied into a blob
@@ -53,6 +58,7 @@ BATCH_BYTES = 512 * 1024  # ... and about this many bytes of blob, so that nobod
 
 SESSION_SIZE = 8
 SEQ_END = 1 << 64  # numbers of tasks lie below
+NUMBERS_MAX = 1 << 24  # that ranges may name: a few bytes must not become more than fits into memory
 Buffer = Union[bytes, bytearray, memoryview]
 Payload = Union[bytes, List[Buffer]]
 TaskKey = Tuple[bytes, int]  # a task's id: session of its client, number within it
@@ -63,6 +69,7 @@ _OUTPUT_HEAD = struct.Struct("<8sI")  # session, engine id
 _TASKS_HEAD = struct.Struct("<I8sI")  # bytes of the spec, session, tasks
 _RESULTS_HEAD = struct.Struct("<8sII")  # session, engine id, results
 _LENGTH = struct.Struct("<I")
+_NUMBER = struct.Struct("<Q")
 _ID = struct.Struct("<QH")  # number, attempt
 
 
@@ -319,6 +326,43 @@ def section_results(records: Sequence[tuple[Any, ...]], section: Sequence[Any]) 
         yield Result(seq, started, duration, attempt, status, payload)
 
 
+def encode_number(kind: bytes, number: int) -> list[Buffer]:
+    """SAVED, and a client's PONG. SAVED tells a client that the tasks below `number` need not be sent again, and an engine
+    that its first `number` sections of results on this connection need not. PONG tells how many RESULTS messages a client
+    has taken in since it first got to this run of the controller."""
+    return [kind, _NUMBER.pack(number)]
+
+
+def decode_number(frames: Sequence[Any]) -> int:
+    """The inverse of `encode_number`."""
+    if len(frames) != 2 or len(frames[1]) != _NUMBER.size:
+        raise ProtocolError("a number has the wrong length")
+    return int(_NUMBER.unpack(bytes(frames[1]))[0])
+
+
+def encode_ranges(numbers: Iterable[int]) -> list[list[int]]:
+    """Numbers in ascending order as [first, end] of each run of consecutive ones, for JSON."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][1] == n:
+            runs[-1][1] = n + 1
+        else:
+            runs.append([n, n + 1])
+    return runs
+
+
+def decode_ranges(runs: Any) -> list[range]:
+    """The inverse of `encode_ranges`: ranges, in ascending order."""
+    try:
+        found = [range(first, end) for first, end in runs]
+        if all(0 <= r.start < r.stop <= SEQ_END for r in found) and all(a.stop < b.start for a, b in zip(found, found[1:])):
+            if sum(r.stop - r.start for r in found) <= NUMBERS_MAX:
+                return found
+    except (TypeError, ValueError):
+        pass  # say what it is not, whatever it is
+    raise ProtocolError("numbers of tasks that are none")
+
+
 def encode_ids(kind: bytes, session: bytes, ids: Iterable[tuple[int, int]]) -> list[Buffer]:
     """ABORT and RETURNED: (number, attempt) of tasks of one session. In ABORT, 1 in the attempt's place means that the task
     is to be interrupted if it runs."""
@@ -334,8 +378,8 @@ def decode_ids(frames: Sequence[Any]) -> tuple[bytes, list[tuple[int, int]]]:
 
 
 def encode_output(session: bytes, engine_id: int, pieces: list[Any]) -> list[Buffer]:
-    """OUTPUT: pieces [number of the task, "stdout", "stderr" or "data", text] written on an engine. The text of "data" is
-    a payload in base64."""
+    """OUTPUT: pieces [number of the task, one of `PRINTED` or `TOLD`, text] written on an engine. The text of "data" is a
+    payload in base64, that of "display" what a notebook shows, by MIME type, as JSON."""
     return [OUTPUT, _OUTPUT_HEAD.pack(session, engine_id), json.dumps(pieces, separators=(",", ":")).encode()]
 
 
@@ -351,5 +395,5 @@ def decode_output(frames: Sequence[Any]) -> tuple[bytes, int, list[Any]]:
 
 
 def _is_piece(piece: Any) -> bool:
-    return (isinstance(piece, list) and len(piece) == 3 and type(piece[0]) is int and piece[1] in ("stdout", "stderr", "data")
-            and isinstance(piece[2], str))
+    return (isinstance(piece, list) and len(piece) == 3 and type(piece[0]) is int and isinstance(piece[2], str)
+            and piece[1] in (*PRINTED, *TOLD))

@@ -11,16 +11,17 @@ from __future__ import annotations
 import ast
 import binascii
 import builtins
+import itertools
 import json
 import linecache
 import os
 import sys
 import traceback
 import types
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterator, Optional
 
 from . import pack
-from .errors import ProtocolError, UnmetDependency
+from .errors import EngineError, ProtocolError, UnmetDependency
 
 REPRS = (("text/html", "_repr_html_"), ("text/markdown", "_repr_markdown_"), ("text/latex", "_repr_latex_"),
          ("image/svg+xml", "_repr_svg_"), ("image/png", "_repr_png_"), ("image/jpeg", "_repr_jpeg_"))
@@ -43,14 +44,20 @@ class Workspace:
         where: tells who we are, for errors.
         startup: code to run before the first task, and after each `clear`: (source, name) pairs.
         log: where to tell that it failed.
+        mark: is told at which item of a chunk we are, counted from 1 (0: at none), when it matters.
+
+    Attributes:
+        again: the task that runs has been tried before.
     """
 
-    def __init__(self, where: Callable[[], dict[str, Any]], startup: list[tuple[str, str]], log: Any):
-        self._where, self._startup, self._log = where, startup, log
+    def __init__(self, where: Callable[[], dict[str, Any]], startup: list[tuple[str, str]], log: Any, mark: Callable[[int], Any]):
+        self._where, self._startup, self._log, self._mark = where, startup, log, mark
+        self.again = False
         self.main = types.ModuleType("__main__")
         self.namespace: dict[str, Any] = self.main.__dict__
         self.functions: dict[tuple[bytes, str], Any] = {}  # (session, digest) -> frames, or what they became
         self._executed = 0  # pieces of code, for the numbers that notebooks show
+        self._kept: dict[str, Any] = {}  # names that are there again after each `clear`
         self._ops: dict[str, Callable[..., Any]] = {
             "apply": self._op_apply, "map": self._op_map, "execute": self._op_execute, "push": self._op_push,
             "pull": self._op_pull, "clear": self._op_clear,
@@ -59,7 +66,11 @@ class Workspace:
 
     def _reset(self) -> None:
         self.namespace.clear()
-        self.namespace.update({"__name__": "__main__", "__doc__": None, "__builtins__": builtins, "__spec__": None})
+        self.namespace.update({"__name__": "__main__", "__doc__": None, "__builtins__": builtins, "__spec__": None, **self._kept})
+
+    def keep(self) -> None:
+        """What is in the namespace now is to be there again after each `clear`."""
+        self._kept = dict(self.namespace)
 
     def run_startup(self) -> None:
         """Run the startup code; what fails is logged, and the rest runs."""
@@ -109,24 +120,42 @@ class Workspace:
         """The value is (values, failures): failures maps the position of an item to its packed error."""
         function, names, extended = self._function(job)
         sequences, extended = self._arguments(payload, names, extended)
+        skip = {int(k): why for k, why in job.body["skip"].items()} if "skip" in job.body else {}
+        calls = self._marked(function, sequences, skip) if self.again else map(function, *sequences)
+        with pack.lend(self.namespace, extended):
+            try:
+                values, failures = self._run_items(calls, len(sequences[0]), bool(job.body.get("retries")))
+            finally:
+                if self.again:
+                    self._mark(0)
+            for k, why in skip.items():
+                failures[k] = bytes(pack.pack_error(EngineError(why), self._where()))
+            return pack.pack((values, failures))
+
+    def _run_items(self, calls: Iterator[Any], n: int, once: bool) -> tuple[list[Any], dict[int, Any]]:
         values: list[Any] = []
         failures: dict[int, Any] = {}
-        calls = map(function, *sequences)
-        with pack.lend(self.namespace, extended):
-            if job.body.get("retries"):  # another engine is to try again
-                values.extend(calls)
-            while True:
-                try:
-                    values.extend(calls)  # what came before an exception stays in the list
-                    if len(values) >= len(sequences[0]):
-                        break
-                    raise RuntimeError("the function raised StopIteration")  # as PEP 479 has it for generators
-                except UnmetDependency:  # the whole chunk goes elsewhere
-                    raise
-                except Exception as e:
-                    failures[len(values)] = bytes(pack.pack_error(e, self._where()))
-                    values.append(None)
-            return pack.pack((values, failures))
+        if once:  # what raises is tried again on another engine
+            values.extend(calls)
+        while True:
+            try:
+                values.extend(calls)  # what came before an exception stays in the list
+                if len(values) >= n:
+                    return values, failures
+                raise RuntimeError("the function raised StopIteration")  # as PEP 479 has it for generators
+            except UnmetDependency:  # the whole chunk goes elsewhere
+                raise
+            except Exception as e:
+                failures[len(values)] = bytes(pack.pack_error(e, self._where()))
+                values.append(None)
+
+    def _marked(self, function: Callable[..., Any], sequences: Any, skip: dict[int, str]) -> Iterator[Any]:
+        """Like `map`, so that it is known which item ends the engine; and those that have done so are left out."""
+        def call(k: int, *args: Any) -> Any:
+            self._mark(k + 1)
+            return None if k in skip else function(*args)
+
+        return map(call, itertools.count(), *sequences)
 
     def _op_execute(self, job: Job, payload: Any) -> Any:
         source, name, show = pack.unpack(payload)
@@ -138,16 +167,15 @@ class Workspace:
         value = None if last is None else eval(compile(ast.Expression(last.value), name, "eval"), self.namespace)
         if value is not None:
             self.namespace["_"] = value
-        return pack.pack((self._executed, _mime_bundle(value)))
+        return pack.pack((self._executed, {} if value is None else mime_bundle(value)))
 
     def _op_push(self, job: Job, payload: Any) -> Any:
         names: dict[str, Any] = {}
         for name, value in pack.unpack(payload, self.namespace, names).items():
-            owner, _, attribute = name.rpartition(".")
-            if owner:
-                setattr(eval(owner, self.namespace), attribute, value)
-            else:
+            if name.isidentifier():
                 self.namespace[name] = value
+            else:  # an attribute or an item of what is there
+                exec(compile(f"{name} = _value_", "<push>", "exec"), self.namespace, {"_value_": value})
         for name, value in names.items():  # functions that were pushed stay, and so must what they refer to
             self.namespace.setdefault(name, value)
         return pack.pack(None)
@@ -166,10 +194,8 @@ class Workspace:
         raise ProtocolError(f"this engine does not know the operation {job.body.get('op')!r}; is its ipclite older than the client's?")
 
 
-def _mime_bundle(value: Any) -> dict[str, Any]:
-    """What a notebook shows of a value, by MIME type; nothing of None."""
-    if value is None:
-        return {}
+def mime_bundle(value: Any) -> dict[str, Any]:
+    """What a notebook shows of a value, by MIME type."""
     bundle: dict[str, Any] = {"text/plain": repr(value)}
     for mime, name in REPRS if not isinstance(value, type) else ():
         try:

@@ -79,7 +79,7 @@ def cluster_of():
     with pytest.MonkeyPatch.context() as monkeypatch, _own_folders(monkeypatch) as folder:
         leaks = Leaks(folder.parent)
         with contextlib.ExitStack() as stack:
-            yield lambda n: stack.enter_context(ipp.Cluster(n=n))
+            yield lambda n, **options: stack.enter_context(ipp.Cluster(n=n, **options))
         _expect_nothing(leaks)
 
 

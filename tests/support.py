@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 MARK = "IPCLITE_TEST_RUN"  # in the environment of every process that a test run starts
+QUEUES: dict[str, Any] = {}  # {name: what has `jobs()` that are in a queue, and can `clear()` it}
 
 
 def eventually(condition: Callable[[], Any], timeout: float = 20, what: str = "") -> Any:
@@ -36,9 +37,9 @@ def eventually(condition: Callable[[], Any], timeout: float = 20, what: str = ""
 
 
 def need(present: Any, what: str) -> None:
-    """Skip the test if `what` is absent from this machine; in CI that is a failure."""
+    """Skip the test if `what` is absent from this machine; where $CI is set, as by .ci/run, that is a failure."""
     if not present:
-        if os.environ.get("CI") == "true":
+        if os.environ.get("CI", "") not in ("", "0", "false"):
             pytest.fail(f"{what} is absent, and CI must have it")
         pytest.skip(f"{what} is absent")
 
@@ -56,6 +57,14 @@ def our_processes() -> dict[int, psutil.Process]:
             continue  # ended, or somebody else's
     found.pop(here.pid, None)
     return {pid: p for pid, p in found.items() if is_running(p) and not _is_pythons_own(p)}
+
+
+def command_line(process: psutil.Process) -> str:
+    """What it was started with; "" if it has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def is_running(process: psutil.Process) -> bool:
@@ -111,15 +120,18 @@ class Leaks:
         self._processes, self._ports = set(our_processes()), our_ports()
 
     def now(self) -> list[str]:
-        """One line for each process, port and file that was left behind."""
+        """One line for each process, port, file and job that was left behind."""
         left = [f"process {_describe(p)}" for pid, p in our_processes().items() if pid not in self._processes]
         left += [f"listening port {port}" for port in our_ports() - self._ports]
+        left += [f"job {job} of {name}" for name, queue in QUEUES.items() for job in queue.jobs()]
         if self._files:
             left += [f"file {path}" for path in cluster_files(self._folder)]
         return sorted(left)
 
     def end(self) -> None:
-        """Kill the processes that were left behind, so that they do not disturb other tests."""
+        """End the jobs and kill the processes that were left behind, so that they do not disturb other tests."""
+        for queue in QUEUES.values():
+            queue.clear()
         for pid, process in our_processes().items():
             if pid not in self._processes:
                 try:

@@ -67,3 +67,12 @@ def segfault() -> None:
     import ctypes
 
     ctypes.string_at(0)
+
+
+def note_and_sleep(folder, i, seconds):
+    """Note that task i runs here."""
+    fd = os.open(os.path.join(folder, str(os.getpid())), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(fd, b"%d\n" % i)
+    os.close(fd)
+    time.sleep(seconds)
+    return i

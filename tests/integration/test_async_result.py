@@ -310,6 +310,58 @@ def test_metadata_has_attributes(rc, balanced):
     assert several.metadata[1].engine_id == several.engine_id[1] == 1
 
 
+def test_metadata_of_dependencies_and_broadcasts(rc, balanced):
+    first = balanced.apply_async(abs, -1)
+    with balanced.temp_flags(after=first, follow=ipp.Dependency([first], failure=True)):
+        for ar in (balanced.apply_async(abs, -2), balanced.map_async(abs, [-2, -3], chunksize=1).split()[0]):
+            ar.wait(30)
+            assert ar.after == {"dependencies": first.msg_ids, "all": True, "success": True, "failure": False}
+            assert ar.follow["dependencies"] == first.msg_ids and ar.follow["failure"] is True
+    assert (first.after, first.follow, first.is_broadcast, first.is_coalescing) == (None, None, False, False)
+    view = rc.broadcast_view(is_coalescing=True)
+    for ar in (view.apply_async(abs, -1), view.execute("a = 1"), view.push({"a": 1})):
+        assert (ar.is_broadcast, ar.is_coalescing) == ([True, True], [True, True])
+    assert rc.broadcast_view().apply_async(abs, -1).is_coalescing == [False, False]
+
+
+def test_what_tasks_display(rc, balanced, capsys):
+    def draw(picture):
+        print("before")
+        display(picture, None)  # noqa: F821
+
+    ar = balanced.apply_async(draw, Picture())
+    ar.get(30)
+    shown, nothing = ar.outputs
+    assert shown["output_type"] == "display_data" and nothing["data"] == {"text/plain": "None"}
+    assert shown["data"] == {"text/plain": "a picture", "text/html": "<b>picture</b>", "image/png": "iVBORw=="}
+    ar.display_outputs()
+    assert capsys.readouterr().out == "before\na picture\nNone\n"
+    ar.display_outputs(result_only=True)
+    assert capsys.readouterr().out == ""
+    with ar.stream_output():
+        pass
+    assert sorted(capsys.readouterr().out.splitlines()) == ["None", f"[stdout:{ar.engine_id}] before", "a picture"]
+    ar = rc[:].execute("display(1); 2", silent=False)
+    ar.wait(30)
+    assert [outputs[0]["data"]["text/plain"] for outputs in ar.outputs] == ["1", "1"]
+
+
+def test_the_status_of_what_was_given_up(rc, tmp_path):
+    ar = rc[0].apply_async(tasks.hold, tmp_path / "flag")
+    ar.cancel()
+    assert (ar.status, ar.error, ar.successful()) == ("cancelled", None, False)
+    (tmp_path / "flag").touch()
+    assert rc[0].apply_sync(abs, -1) == 1
+
+
+def test_a_wrong_return_when(balanced):
+    ar = balanced.apply_async(abs, -1)
+    for call in (ar.get, ar.wait, ar.wait_interactive):
+        with pytest.raises(ValueError, match="return_when must be"):
+            call(return_when="SOON")
+    assert ar.get(30, return_when=ipp.FIRST_COMPLETED) == 1
+
+
 def test_timedelta(rc):
     ar = rc[:].apply_async(abs, -1)
     ar.get(30)

@@ -32,7 +32,7 @@ def cluster(ipython_dir):
 @pytest.mark.parametrize("words,hints", [
     (("cluster", "start", "--engine=2"), ("unknown flag --engine", "did you mean --engines?")),
     (("cluster", "stop", "--frobnicate"), ("unknown flag --frobnicate", "--help")),
-    (("controller", "--port=5"), ("unknown flag --port", "did you mean --ports?")),
+    (("controller", "--prots=5"), ("unknown flag --prots", "did you mean --ports?")),
     (("engine", "--clusterid=x"), ("unknown flag --clusterid", "did you mean --cluster-id?")),
     (("engine", "--IPEngine.tiemout=3"), ("--IPEngine.tiemout", "did you mean timeout?")),
     (("engine", "--IPEngin.timeout=3"), ("--IPEngin.timeout", "did you mean IPEngine?")),
@@ -54,12 +54,19 @@ def cluster(ipython_dir):
     (("controller", "--ports=20-10"), ("--ports needs ports like",)),
     (("controller", "--transport=carrier-pigeon"), ("--transport needs auto, ipc or tcp",)),
     (("controller", "--ip=203.0.113.7", "--transport=tcp"), ("203.0.113.7", "--ip")),
+    (("controller", "--ip=no.such.host.invalid", "--transport=tcp"), ("'no.such.host.invalid'", "looked up", "--ip")),
     (("controller", "--log-level=LOUD"), ("--log-level needs",)),
+    (("engine", "--url=10.0.0.1"), ("--url needs the address of a controller", "tcp://")),
+    (("engine", "-s", "/does/not/exist.py"), ("/does/not/exist.py", "No such file")),
+    (("engine", "--IPKernelApp.exec_files=['/does/not/exist.py']"), ("/does/not/exist.py", "No such file")),
+    (("cluster", "stop", "--signal=SIGNOPE"), ("--signal needs a signal's name or number",)),
     (("cluster", "start", "--cluster-id=a/b"), ("--cluster-id needs a name without slashes",)),
     (("cluster", "start", "--timeout=soon"), ("--timeout needs a number of seconds",)),
     (("cluster", "start", "--engines=slrum"), ("There is no engine launcher 'slrum'", "choose from")),
     (("cluster", "start", "--work-dir=/does/not/exist"), ("/does/not/exist", "can't be entered")),
     (("cluster", "list", "--output-format=xml"), ("needs text or json",)),
+    (("cluster", "start", "--queue=long", "--dry-run"), ("--queue is for the jobs of a batch system", "--engines=slurm")),
+    (("cluster", "start", "--hwm=1"), ("--hwm is a flag of ipcontroller", "ipcluster start -- --hwm")),
     (("cluster", "sart"), ("unknown command 'sart'", "start")),
     (("enigne",), ("unknown role 'enigne'", "engine")),
 ])
@@ -238,6 +245,30 @@ def test_permissions_of_a_user(ipython_dir):
         one_sentence(command, 2, "can't be written (Permission denied)")
 
 
+def test_files_that_somebody_else_may_not_read(ipython_dir):
+    """A config file and a connection file of another user: the path and the reason, in a sentence."""
+    need(os.getuid() == 0, "root, to become somebody else")
+    for folder in (ipython_dir.parent, ipython_dir):
+        folder.chmod(0o755)
+    theirs = ipython_dir / "profile_theirs"
+    for name in ("", "security", "pid", "log"):
+        (theirs / name).mkdir(mode=0o700)
+        os.chown(theirs / name, NOBODY, NOBODY)
+    config, file = theirs / "ipengine_config.py", ipython_dir / "engine.json"
+    for path in (config, file):
+        path.write_text("{}")
+        path.chmod(0o600)
+    as_nobody = ("import importlib, os, pkgutil, sys, ipclite\n"
+                 "for m in pkgutil.iter_modules(ipclite.__path__):\n"
+                 "    m.name == '__main__' or importlib.import_module('ipclite.' + m.name)\n"
+                 "ipclite.pack.pack_function(lambda: None)\n"
+                 f"os.setgid({NOBODY}); os.setuid({NOBODY}); sys.exit(ipclite.engine.main(sys.argv[1:]))")
+    words = [f"--profile-dir={theirs}", f"--file={file}", "--timeout=0.1"]
+    one_sentence(run(code=["-c", as_nobody, *words]), 2, str(config), "Permission denied")
+    config.unlink()
+    one_sentence(run(code=["-c", as_nobody, *words]), 1, str(file), "Permission denied")
+
+
 def test_a_full_disk(ipython_dir):
     folder = ipython_dir / "profile_default" / "security"
     folder.mkdir(parents=True, mode=0o700)
@@ -304,18 +335,18 @@ def test_a_payload_that_can_not_be_unpickled(cluster):
 
 def test_a_module_that_only_the_client_has(ipython_dir, tmp_path, monkeypatch):
     """Its file is there when the engines start, and gone, or without the class, when they need it."""
-    (tmp_path / "only_here.py").write_text("def f(x):\n    return x\n")
+    (tmp_path / "only_beside_the_client.py").write_text("def f(x):\n    return x\n")
     (tmp_path / "gone_there.py").write_text("class Box:\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     import gone_there
-    import only_here
+    import only_beside_the_client
 
-    (tmp_path / "only_here.py").unlink()
+    (tmp_path / "only_beside_the_client.py").unlink()
     (tmp_path / "gone_there.py").write_text("")
     with ipp.Cluster(n=1) as cluster:
-        with pytest.raises((ipp.KernelError, ModuleNotFoundError), match="only_here"):
-            cluster[0].apply_async(only_here.f, 1).get(20)
+        with pytest.raises((ipp.KernelError, ModuleNotFoundError), match="only_beside_the_client"):
+            cluster[0].apply_async(only_beside_the_client.f, 1).get(20)
         with pytest.raises((ipp.KernelError, AttributeError), match="Box"):
             cluster[0].apply_async(lambda x: x, gone_there.Box()).get(20)
         assert cluster[:].apply_sync(abs, -3) == [3]

@@ -133,6 +133,32 @@ def test_wait_for_engines(rc):
         rc.wait_for_engines(3, timeout=0.1)
 
 
+def test_names_that_scripts_of_ipython_parallel_use(rc):
+    assert rc.activate(0) == rc.activate(0) or repr(rc.activate(0)) == "<DirectView 0>"
+    assert repr(rc.activate(suffix="_all")) == "<DirectView all>"
+    rc[:].push({"x": 1}, block=True)
+    assert rc.clear(0).get(30) is None and rc.clear(block=True) == [None, None]
+    assert not any(rc[:]["'x' in globals()"])
+    assert rc.profile is None
+    assert ipp.error.RemoteError is ipp.RemoteError and ipp.error.TimeoutError is TimeoutError
+    from ipclite.datapub import publish_data
+    from ipclite.error import CompositeError
+
+    assert CompositeError is ipp.CompositeError and publish_data is ipp.publish_data is ipp.datapub.publish_data
+    assert ".".join(map(str, ipp.version_info)) == ipp.__version__
+    with pytest.raises(AttributeError):
+        print(ipp.nonsense)
+
+
+@pytest.mark.parametrize("what", ["use_cloudpickle", "use_pickle"])
+def test_the_pickler_of_this_process(rc, what):
+    try:
+        getattr(ipp, what)()
+        assert rc[0].apply_sync(lambda x: x + 1, 1) == 2
+    finally:
+        ipp.use_pickle()
+
+
 def test_indexing_by_something_else(rc):
     with pytest.raises(TypeError):
         rc["all"]
@@ -220,6 +246,19 @@ def test_close(rc):
         with pytest.raises(ipp.ControllerLost, match="closed"):
             late()
     assert pending.get() is None
+
+
+def test_errors_of_a_closed_client_do_not_grow(rc):
+    other = rc.cluster.connect_client_sync()
+    view = other[0]
+    other.close(linger=1)
+    depths = set()
+    for _ in range(5):
+        for call in (view.apply, other.queue_status, lambda: other[0], lambda: other.load_balanced_view().apply_async(abs, 1)):
+            with pytest.raises(ipp.ControllerLost) as caught:
+                call(*[abs, 1] if call == view.apply else [])
+            depths.add(len(caught.traceback))
+    assert max(depths) < 12
 
 
 def test_close_ends_what_waits(rc, tmp_path):

@@ -63,6 +63,27 @@ def test_daemonize(ipython_dir):
     assert files(ipython_dir) == []
 
 
+def test_who_keeps_the_engines_of_a_daemonized_cluster_stays_as_long_as_it(ipython_dir):
+    start = run("cluster", "start", "-n", "2", "--daemonize", "--keep-engines")
+    assert start.process.returncode == 0 and READY in start.out, start.err
+    with ipp.Client() as rc:
+        os.kill(rc[0].apply_sync(os.getppid), signal.SIGKILL)
+        eventually(lambda: len(rc.ids) == 2 and not {0, 1} & set(rc.ids), what="others in their place")
+        assert rc[:].apply_sync(abs, -1) == [1, 1]
+    assert run("cluster", "stop").process.returncode == 0
+    assert files(ipython_dir) == []
+    log, = (ipython_dir / "profile_default" / "log").glob("ipcluster-*.log")
+    eventually(lambda: "stopping the rest" in log.read_text(), what="the one that stayed ends")
+    assert log.read_text().count("in place of those that are gone") == 1
+
+
+def test_a_daemonized_cluster_that_fails_says_so(ipython_dir):
+    broken_engines(ipython_dir)
+    start = run("cluster", "start", "-n", "2", "--daemonize", "--restart-controller")
+    assert start.process.returncode == 1 and "exited with code 1" in start.err
+    assert files(ipython_dir) == []
+
+
 def broken_engines(ipython_dir, text="raise SystemExit('no license for this')"):
     folder = ipython_dir / "profile_default"
     folder.mkdir(parents=True)

@@ -38,7 +38,17 @@ def test_items_may_be_expressions_and_attributes(each):
         each.client[0]["nobody.b"] = 1
 
 
-@pytest.mark.parametrize("name", ["1a", "a b", "a.", "", "a[0]", 5])
+def test_items_of_items(each):
+    each["d"] = {"x": {"a.b": [1, 2]}}
+    assert each["d['x']['a.b'][1]"] == [2, 2]
+    each["d['x']['a.b'][1]"] = 5
+    each.push({"d['y']": 6, "d['x']['a.b'][:1]": [7, 8]}, block=True)
+    assert each.client[0]["d"] == {"x": {"a.b": [7, 8, 5]}, "y": 6}
+    with pytest.raises(KeyError):
+        each.client[0]["d['z']['a']"] = 1
+
+
+@pytest.mark.parametrize("name", ["1a", "a b", "a.", "", "f()", "a + b", "a = 1", "[a, b]", 5])
 def test_names_that_can_not_be_set(each, name):
     with pytest.raises(ValueError, match="not a name"):
         each[name] = 1
@@ -97,6 +107,7 @@ def test_temporary_flags_go_back_whatever_happens(each):
 def test_labels(each):
     assert each.execute("1", label="mine").metadata[0]["label"] == "mine"
     assert each.map_async(abs, [1], label="other").label == ["other"]
+    assert each.run(os.devnull, label="third").label == ["third", "third"]
     with pytest.raises(TypeError, match="label"):
         each.set_flags(label=["no"]).apply(abs, 1)
 
@@ -331,7 +342,7 @@ def test_pandas_objects_go_and_come_back(each, dist):
         back = each.gather("part", dist=dist, block=True)
         assert type(back) is type(value) and back.equals(value)
     assert each.map_sync(lambda x: x, frame["a"]) == list(frame["a"])
-    each.scatter("one", frame["a"][:2], flatten=True, block=True)
+    each.scatter("one", frame["a"].iloc[:2], flatten=True, block=True)
     assert each["one"] == [0, 1]
 
 

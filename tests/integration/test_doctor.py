@@ -64,7 +64,7 @@ def test_another_cluster(ipython_dir):
     with controller(ipython_dir, "--cluster-id=other"):
         connection(ipython_dir, cluster_id="other")
         found = failures()
-        assert "There are files of --cluster-id=other." in found["client's connection file"]
+        assert "There are files of --cluster-id=other (cluster_id=)." in found["client's connection file"]
         assert verdicts("--cluster-id=other")["client: key"][0] == "ok"
 
 
@@ -79,6 +79,9 @@ def test_modes_and_settings(ipython_dir):
         assert f"chmod 700 {folder}" in found["security"]
         assert "chmod 600" in found["client's connection file"]
         assert "did you mean timeout?" in found["settings of ipengine"]
+        (folder.parent / "ipcontroller_config.py").write_text("")
+        (folder.parent / "ipcontroller_config.py").chmod(0o666)
+        assert "chmod o-w" in failures()["settings of ipcontroller"]
         folder.chmod(0o700)
         (ipython_dir.parent / "run").chmod(0o755)
         assert "chmod 700" in failures()["socket directory"]
@@ -141,6 +144,36 @@ def test_another_python(ipython_dir):
         warnings.simplefilter("error")
         with ipp.Client(timeout=20) as rc:
             rc.wait_for_engines(1, timeout=20)
+
+
+def test_launchers(ipython_dir, tmp_path, monkeypatch):
+    """The command that a cluster of this profile would be started with is on PATH, or it is told that it is not."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with controller(ipython_dir):
+        connection(ipython_dir)
+        assert verdicts()["launcher of the engines"] == ("ok", "local")
+        path = security(ipython_dir).parent / "ipcluster_config.py"
+        for name, command, text in (("slurm", "sbatch", ""), ("mpi", "srun", "c.MPILauncher.mpi_cmd = ['srun', '--mpi=pmi2']\n"),
+                                    ("PBSEngineSetLauncher", "qsub", "")):
+            path.write_text(f"c.Cluster.engine_launcher_class = {name!r}\n{text}")
+            assert f"{command}, which is not on PATH" in failures()["launcher of the engines"]
+            program = tmp_path / "bin" / command
+            program.write_text("#!/bin/sh\n")
+            program.chmod(0o755)
+            assert verdicts()["launcher of the engines"][1].endswith(f"by {program}")
+        path.write_text("c.Cluster.engine_launcher_class = 'nope'\n")
+        assert "choose from local" in failures()["launcher of the engines"]
+
+
+def test_through_ssh(ipython_dir):
+    """A server that is none: the step and the name. One that is there is in test_tunnels.py."""
+    with controller(ipython_dir, "--transport=tcp"):
+        connection(ipython_dir)
+        edit(ipython_dir, ssh="me@no.such.host.invalid", ipc="")
+        found = failures()
+        assert list(found) == ["client: key"]
+        assert "the ssh server 'no.such.host.invalid' can't be looked up" in found["client: key"]
 
 
 def test_something_else_listens(ipython_dir):

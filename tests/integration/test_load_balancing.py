@@ -7,7 +7,9 @@ import itertools
 import os
 import threading
 from collections import Counter
+from datetime import timedelta
 
+import numpy as np
 import pytest
 import tasks
 from support import eventually
@@ -20,12 +22,67 @@ import ipclite as ipp
 @pytest.mark.parametrize("flags, kind", [({"timeout": -1}, ValueError), ({"timeout": float("nan")}, ValueError),
                                          ({"timeout": float("inf")}, ValueError), ({"timeout": "1"}, TypeError),
                                          ({"retries": -1}, ValueError), ({"retries": 1.5}, ValueError), ({"after": 5}, TypeError),
-                                         ({"follow": "x"}, ValueError)])
+                                         ({"follow": "x"}, ValueError), ({"run_timeout": "1"}, TypeError),
+                                         ({"run_timeout": 0}, ValueError), ({"run_timeout": float("nan")}, ValueError),
+                                         ({"run_timeout": -1}, ValueError), ({"run_timeout": True}, TypeError),
+                                         ({"targets": "some"}, TypeError), ({"targets": 9}, IndexError),
+                                         ({"targets": [0, 9]}, IndexError), ({"targets": []}, ValueError)])
 def test_wrong_flags_are_told_before_anything_is_sent(rc, balanced, flags, kind):
     before = rc.outstanding
     with pytest.raises(kind):
         balanced.set_flags(**flags).apply(abs, 1)
     assert rc.outstanding == before
+
+
+@pytest.mark.parametrize("targets, chosen", [(None, None), ("all", None), (0, [0]), (-1, [1]), ([1, 0], [1, 0]), (slice(1), [0]),
+                                             (np.int64(1), [1]), (np.array([0, 1]), [0, 1]), (range(2), [0, 1])], ids=str)
+def test_targets_may_be_set_at_any_time(rc, balanced, targets, chosen):
+    assert rc.load_balanced_view(targets).targets == chosen
+    balanced.targets = targets
+    assert balanced.targets == balanced.set_flags(targets=targets).targets == chosen
+    pids = rc[:].apply_sync(os.getpid)
+    assert balanced.apply_sync(os.getpid) in [pids[i] for i in chosen or (0, 1)]
+    with balanced.temp_flags(targets=0):
+        assert balanced.apply_sync(os.getpid) == pids[0]
+    assert balanced.targets == chosen
+    assert rc.ids == [0, 1]
+
+
+def test_times_may_be_timedeltas(balanced):
+    with balanced.temp_flags(timeout=timedelta(seconds=20), run_timeout=timedelta(milliseconds=50)):
+        with pytest.raises(ipp.TaskTimeout, match="run_timeout of 0.05 s"):
+            balanced.apply_sync(tasks.hold, "/nowhere")
+
+
+def test_targets_that_have_gone_do_not_matter_while_others_are_there(start):
+    rc = start(3)
+    view = rc.load_balanced_view([0, 1])
+    rc.shutdown(0)
+    eventually(lambda: rc.ids == [1, 2])
+    assert len(view) == 1
+    assert view.apply_sync(abs, -1) == 1
+    assert view.map_sync(abs, range(-3, 0)) == list(view.imap(abs, range(-3, 0))) == [3, 2, 1]
+    rc.shutdown(1)
+    eventually(lambda: rc.ids == [2])
+    for call in (lambda: view.apply_sync(abs, -1), lambda: view.map_sync(abs, [1]), lambda: list(view.imap(abs, [1]))):
+        with pytest.raises(ipp.EngineError, match="registered"):
+            call()
+
+
+def test_an_item_that_kills_its_engine_fails_alone(start):
+    def f(x):
+        if x in (13, 14):
+            tasks.die()
+        return -x
+
+    rc = start(6)
+    view = rc.load_balanced_view()
+    values = view.map_async(f, range(40), chunksize=20).get(60, return_exceptions=True)
+    bad = [values.pop(13) for _ in range(2)]
+    assert values == [-x for x in range(40) if x not in (13, 14)]
+    assert [type(e) for e in bad] == [ipp.EngineError] * 2
+    assert all("SIGKILL" in str(e) and "this item has ended 2 engines" in str(e) for e in bad)
+    assert len(rc.ids) == 2
 
 
 def test_a_task_that_must_not_wait(rc, balanced, tmp_path):
@@ -185,6 +242,16 @@ def test_cancel_ends_the_input_and_keeps_what_is_under_way(balanced):
     assert rest == list(range(1, len(rest) + 1)) and next(taken) <= len(rest) + 2
     results.cancel()
     results.close()
+
+
+def test_the_repr_of_an_imap(balanced):
+    squares = balanced.imap(abs, itertools.count())
+    assert next(squares) == 0
+    assert repr(squares).startswith("<LazyMapIterator(abs): running, ")
+    squares.cancel()
+    assert "no more items" in repr(squares)
+    squares.close()
+    assert "closed" in repr(squares)
 
 
 def test_an_abandoned_imap_stops(rc, balanced, gate):

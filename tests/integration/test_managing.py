@@ -196,7 +196,7 @@ def test_status(ipython_dir, cluster):
     assert lines[0].split() == ["ENGINE", "HOST", "PID", "QUEUE", "TASKS", "COMPLETED"]
     assert len(lines) == 4 and re.match(r"0 tasks wait", lines[3])
     rc.abort([running, waiting], interrupt=True)
-    one_sentence(run("cluster", "status", "--cluster-id=nope"), 1, "There is no file")
+    one_sentence(run("cluster", "status", "--cluster-id=nope"), 12, "no controller of cluster 'nope' runs", "ipcluster list")
 
 
 def test_logs(ipython_dir, cluster):
@@ -250,6 +250,41 @@ def test_owner_and_controller_are_killed(ipython_dir):
     assert list(security(ipython_dir).iterdir()) == []
     assert list((ipython_dir.parent / "run").iterdir()) == []
     assert list((ipython_dir / "profile_default" / "log").iterdir()) == []
+
+
+def test_a_killed_owner_leaves_no_cluster_file_anywhere(ipython_dir, tmp_path):
+    code = ("import ipclite as ipp, signal, sys\nrc = ipp.Cluster(n=1, cluster_file=sys.argv[1]).start_and_connect_sync()\n"
+            "print('ready', flush=True)\nsignal.pause()")
+    with Command(code=["-c", code, str(tmp_path / "own.json")]) as owner:
+        owner.says("ready")
+        assert (tmp_path / "own.json").exists()
+        owner.stop(signal.SIGKILL)
+    eventually(lambda: not list(tmp_path.iterdir()), what="its controller removes it")
+
+
+def test_engines_that_stay_are_found_again(ipython_dir):
+    """`ipcluster engines --daemonize`, for a controller started by hand, and as one more set of a cluster."""
+    def engines(n, *words):
+        done = run("cluster", "engines", "-n", str(n), "--daemonize", *words)
+        assert done.process.returncode == 0, done.err
+
+    with controller(ipython_dir):
+        engines(2)
+        engines(1)
+        (row,) = json.loads(run("cluster", "list", "--json").out)
+        assert (row["engines"], row["engines_ready"], row["state"]) == (3, 3, "running"), row
+        one_sentence(run("cluster", "start", "-n", "1"), 10, "already serves")
+        with ipp.Client() as rc:
+            assert len(rc.ids) == 3, "the start that failed did them no harm"
+            assert run("cluster", "stop").out == "Stopped the default cluster.\n"
+            eventually(lambda: not rc.ids)
+        one_sentence(run("cluster", "stop"), 12, "There is no cluster file")
+    assert run("cluster", "start", "-n", "1", "--daemonize", "--cluster-id=x").process.returncode == 0
+    engines(2, "--cluster-id=x")
+    (row,) = json.loads(run("cluster", "list", "--json").out)
+    assert (row["engines"], row["engines_ready"]) == (3, 3), row
+    assert len(json.loads((security(ipython_dir) / "cluster-x.json").read_text())["engines"]["sets"]) == 2
+    assert run("cluster", "stop", "x", "--signal=SIGKILL").process.returncode == 0
 
 
 def test_clean_spares_what_runs(ipython_dir):

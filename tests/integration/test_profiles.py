@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from shell import ROOT, Command, connection, controller, one_sentence, run
@@ -176,6 +179,35 @@ def test_zsh(ipython_dir):
         done = subprocess.run(["zsh", "-f", "-c", code],
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
         assert "_ipclite_complete" in done.stdout, done.stderr
+
+
+def test_completion_in_a_zsh_that_somebody_types_into(ipython_dir, tmp_path):
+    need(shutil.which("zsh"), "zsh")
+    (tmp_path / "script").write_text(run("completion", "zsh").out)
+    main, side = pty.openpty()
+    shell = subprocess.Popen(["zsh", "-f", "-i"], stdin=side, stdout=side, stderr=side, start_new_session=True,
+                             env={**os.environ, "TERM": "dumb", "PS1": "ready> ", "HOME": str(tmp_path)})
+    os.close(side)
+    seen = b""
+
+    def until(text):
+        nonlocal seen
+        deadline = time.monotonic() + 20
+        while text not in seen:
+            assert time.monotonic() < deadline and select.select([main], [], [], 20)[0], seen
+            seen += os.read(main, 4096)
+        seen = b""
+
+    try:
+        until(b"ready> ")
+        os.write(main, f"autoload -U compinit; compinit -u -D; source {tmp_path}/script; echo it is $((1 + 1))\n".encode())
+        until(b"it is 2")
+        os.write(main, b"ipcontroller --reu\t")
+        until(b"--reuse")
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(main)
 
 
 def test_wrong_shell(ipython_dir):

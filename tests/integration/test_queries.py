@@ -16,6 +16,12 @@ import ipclite as ipp
 NOBODY = "00" * 8 + "-1"
 
 
+@pytest.fixture(scope="module", params=["DictDB", "SQLiteDB"])
+def rc(request, cluster_of):
+    """The client of a cluster of two engines that keeps its records here or there, for all tests that end nothing."""
+    return cluster_of(2, controller_args=[f"--IPController.db_class={request.param}"])
+
+
 @pytest.fixture
 def other(rc):
     """A second client of the shared cluster."""
@@ -98,11 +104,13 @@ def test_get_result_names_tasks_in_many_ways(rc, balanced):
 
 def test_while_it_runs_the_owner_gets_its_own_future(rc, balanced, flag):
     ar = balanced.apply_async(tasks.hold, flag, 5)
-    assert rc.get_result(ar.msg_ids) is ar
+    assert rc.get_result(ar.msg_ids[0]) is rc.get_result(ar) is ar
+    listed = rc.get_result(ar.msg_ids)
     copy = rc.get_result(ar.msg_ids[0], owner=False)
     assert copy is not ar and not copy.done()
     flag.touch()
-    assert (copy.get(30), ar.get(30)) == (5, 5)
+    assert (copy.get(30), ar.get(30), listed.get(30)) == (5, 5, [5])
+    assert rc.get_result(ar.msg_ids).get(30) == [5]  # as before it had ended
 
 
 def test_results_of_maps_executions_and_failures(rc, balanced, each):

@@ -246,6 +246,16 @@ def test_what_can_not_be_pickled_is_an_error_of_that_task_alone(balanced):
     assert balanced.apply_sync(abs, -1) == 1
 
 
+def test_what_belongs_to_this_process(rc, balanced):
+    ar = balanced.apply_async(abs, -1)
+    for given, words in ((ar, "AsyncResult.*pass its value"), (rc, "Client.*of its own"), (balanced, "LoadBalancedView.*of its own")):
+        for call in (lambda given=given: balanced.apply(abs, given), lambda given=given: balanced.apply(lambda: given)):
+            with pytest.raises(ipp.PackError, match=words) as caught:
+                call()
+            assert "attribute" not in str(caught.value)
+    assert ar.get(30) == 1
+
+
 def test_pushing_and_pulling_what_can_not_be_pickled(rc, each):
     with pytest.raises(ipp.PackError):
         each.push({"lock": threading.Lock()}, block=True)

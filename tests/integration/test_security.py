@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import random
+import re
+import shutil
 import socket
 import stat
 import struct
@@ -82,6 +85,45 @@ def unharmed(live, request):
     assert len(told) < (20_000 if request.cls else 2_000_000), told[:2000]
 
 
+class Wiretap:
+    """Stands between a client and the controller, and keeps what the client sends."""
+
+    def __init__(self, host, port):
+        self._target, self.upwards = (host, port), []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._threads = [threading.Thread(target=self._serve)]
+        self._threads[0].start()
+
+    def _serve(self):
+        with contextlib.suppress(OSError):  # we are closed
+            while True:
+                near, far = self._listener.accept()[0], socket.create_connection(self._target, 5)
+                for pair in ((near, far, self.upwards), (far, near, [])):
+                    self._threads.append(threading.Thread(target=self._carry, args=pair))
+                    self._threads[-1].start()
+
+    @staticmethod
+    def _carry(source, sink, kept):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                kept.append(data)
+                sink.sendall(data)
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(10)
+
+
 class Test_strangers_on_tcp:
     def outcome(self, info, server=None, pair=None):
         """Dial, say a proper hello; what came of it."""
@@ -132,6 +174,55 @@ class Test_strangers_on_tcp:
             with socket.create_connection((host, int(port)), 5) as sock:
                 sock.sendall(words)
         assert psutil.Process(unharmed.command.pid).memory_info().rss < before + (30 << 20)
+
+    def test_a_session_that_somebody_recorded(self, unharmed):
+        """A wiretapper plays it again, whole and in pieces: nobody comes in, and nothing is run twice."""
+        address = unharmed.client["url"][6:].split(":")
+        told = len(unharmed.command.err)
+        with Wiretap(address[0], int(address[1])) as tap:
+            info = {**unharmed.client, "ipc": "", "url": f"tcp://127.0.0.1:{tap.port}", "location": ""}
+            with ipp.Client(info, timeout=10) as rc:
+                rc[0].execute("times = globals().get('times', 0) + 1", block=True)
+            recorded = b"".join(tap.upwards)
+        assert len(recorded) > 500 and b"times" not in recorded
+        assert [s for s in unharmed.secrets if s.encode() in recorded] == []
+        came = unharmed.command.err[told:].count("connected")
+        for part in (recorded, recorded[64:], recorded * 2):
+            with socket.create_connection((address[0], int(address[1])), 5) as sock:
+                sock.sendall(part)
+                sock.settimeout(5)
+                with contextlib.suppress(OSError):  # it hangs up on us
+                    while sock.recv(65536):
+                        pass
+        with unharmed.connect() as rc:
+            assert rc[0].pull("times", block=True) == 1
+        assert unharmed.command.err[told:].count("connected") == came + 1, "the last client alone"
+
+    def test_a_flood_does_not_keep_members_out(self, unharmed):
+        """Some open connections and say nothing, others shake hands with keys of their own, all the time."""
+        host, port = unharmed.client["url"][6:].split(":")
+        mute = [socket.create_connection((host, int(port)), 5) for _ in range(200)]
+        over = threading.Event()
+
+        def pester():
+            while not over.is_set():
+                with Raw(unharmed.client["url"], unharmed.client["server_key"]) as raw:
+                    raw.kept_out(1)
+
+        pests = [threading.Thread(target=pester) for _ in range(3)]
+        for pest in pests:
+            pest.start()
+        try:
+            with ipp.Client({**unharmed.client, "ipc": ""}, timeout=20) as rc:
+                assert rc[0].map_sync(abs, range(-50, 0)) == list(range(50, 0, -1))
+            eventually(lambda: re.search(r"refused somebody at \S*127.0.0.1, who has no key for the port of clients",
+                                         unharmed.command.err), what="the log tells of it")
+        finally:
+            over.set()
+            for pest in pests:
+                pest.join()
+            for sock in mute:
+                sock.close()
 
     def test_many_who_connect_and_leave(self, unharmed):
         process = psutil.Process(unharmed.command.pid)
@@ -243,6 +334,9 @@ def client_messages(session):
     yield wire.encode_ids(wire.ABORT, session, [(5, 0), (6, 0)])
     yield wire.encode_json(wire.QUERY, {"id": 1, "what": "queue_status", "targets": [0]})
     yield wire.encode_json(wire.QUERY, {"id": 2, "what": "signal", "targets": [7], "signum": 0})
+    yield wire.encode_json(wire.QUERY, {"id": 3, "what": "missed", "runs": [[5, 7], [9, 10]]})
+    yield wire.encode_number(wire.PONG, 3)
+    yield wire.encode_json(wire.RESUME, {})
 
 
 def engine_messages(session, engine_id):
@@ -254,7 +348,7 @@ def engine_messages(session, engine_id):
 
 
 def agent_messages(uuid):
-    yield wire.encode_json(wire.EXITED, {"uuid": uuid, "cause": "c", "crashed": True, "running": ["ab" * 8, 1]})
+    yield wire.encode_json(wire.EXITED, {"uuid": uuid, "cause": "c", "crashed": True, "running": ["ab" * 8, 1], "item": 3})
     yield [wire.PONG]
 
 
@@ -347,6 +441,9 @@ def test_random_frames(unharmed, role):
 def test_wrong_types_in_a_hello(unharmed, role):
     info = unharmed.client if role == "client" else unharmed.eng
     proper = {**hello_of(info), "role": role}
+    proper.update({
+        "client": {"resume": {"run": "x", "taken": 3, "next": 9, "pending": [[1, 3], [5, 6]], "done": [[3, 5]]}},
+        "engine": {"holds": [["ab" * 8, 5, 1, 0], ["ab" * 8, 6, 2, 1]]}, "agent": {"engines": {"u": ["ab" * 8, 5], "v": None}}}[role])
     for tried in range(0, 1 << 20, 40):
         some = list(itertools.islice(texts(proper), tried, tried + 40))
         if not some:
@@ -392,7 +489,7 @@ def test_wrong_types_in_a_task(unharmed):
 
 def test_wrong_types_in_an_exit(unharmed):
     agent = Member(unharmed, "agent")
-    proper = {"uuid": "?", "cause": "c", "crashed": True, "running": ["ab" * 8, 1]}
+    proper = {"uuid": "?", "cause": "c", "crashed": True, "running": ["ab" * 8, 1], "item": 3}
     runnings = [["zz", 1], ["ab", "x"], ["ab", None], ["ab", 1e400], {}, {"0": 1}, [[], 1], "ab", 5, ["ab"], [1, 1]]
     for extra in [*texts(proper), *(json.dumps({**proper, "running": r}).encode() for r in runnings)]:
         with Raw.member(unharmed.eng) as engine:
@@ -410,15 +507,15 @@ def test_wrong_types_in_an_exit(unharmed):
 class Impostor:
     """Listens where a client's connection file says, welcomes it, and then says what a test has it say."""
 
+    WELCOME = {"run_id": "x", "cluster_id": "", "version": "9", "ping_s": 2, "silence_s": 6, "max_task_bytes": 1 << 30,
+               "pid": 1, "host": "h", "engines": [{"id": 0, "uuid": "u", "host": "h", "pid": 1, "agent": "a"}]}
+
     def __init__(self, folder, welcome=None):
         self.context = zmq.Context()
         self.sock = self.context.socket(zmq.ROUTER)
         self.path = f"{folder}/s"
         self.sock.bind(f"ipc://{self.path}")
-        self.welcome = welcome or {"run_id": "x", "cluster_id": "", "version": "9", "ping_s": 2, "silence_s": 6,
-                                   "max_task_bytes": 1 << 30,
-                                   "pid": 1, "host": "h", "engines": [{"id": 0, "uuid": "u", "host": "h", "pid": 1,
-                                                                       "agent": "a"}]}
+        self.welcome = welcome or self.WELCOME
         self.info = {"program": "ipclite", "role": "client", "url": "", "ipc": self.path, "ssh": "", "location": "h",
                      "public_key": "p",
                      "secret_key": "s", "server_key": "", "cluster_id": "", "run_id": "x", "protocol": wire.VERSION,
@@ -528,6 +625,63 @@ def test_a_client_reports_rubbish_and_does_not_hang(ipython_dir):
             impostor.close()
 
 
+RUBBISH_FOR_HOSTS = [
+    [wire.CONTROL], [wire.CONTROL, b"{}"], [wire.CONTROL, b"x"], [wire.CONTROL, b"[" * DEEP], [wire.BYE, b"x"],
+    [wire.TASKS, b"x"], [wire.FUNCTION], [wire.FORGET], [b""], [b"nothing"], [wire.REFUSED, b"x"],
+]
+
+
+def test_engines_report_rubbish_and_go_on(ipython_dir):
+    """Their agent, too; a controller that says goodbye in the end is obeyed."""
+    impostor = Impostor(ipython_dir, {**Impostor.WELCOME, "id": 0})
+    path = ipython_dir / "engine.json"
+    path.write_text(json.dumps({**impostor.info, "role": "engine"}))
+    path.chmod(0o600)
+    try:
+        with Command("engine", f"--file={path}") as command:
+            routes, uuids = {}, {}
+            while len(routes) < 2:
+                assert impostor.sock.poll(20_000), command.err
+                impostor.route, hello = impostor.sock.recv_multipart()[0::2]
+                body = json.loads(hello)
+                routes[body["role"]], uuids[body["role"]] = impostor.route, body["uuid"]
+                impostor.say(wire.encode_json(wire.WELCOME, impostor.welcome))
+            orders = [wire.encode_json(wire.CONTROL, {"uuid": uuids["engine"], **order}) for order in (
+                {}, {"op": "signal"}, {"op": "signal", "signum": 10_000}, {"op": "signal", "signum": "x"},
+                {"op": "interrupt"}, {"op": "interrupt", "tasks": [[1]]}, {"op": []}, {"op": "recall"})]
+            for route in routes.values():
+                impostor.route = route
+                for message in RUBBISH_FOR_HOSTS + (orders if route == routes["agent"] else []):
+                    impostor.say(message)
+            command.says("dropped a malformed message")
+            impostor.route = routes["agent"]
+            impostor.say(wire.encode_json(wire.BYE, {"reason": "that was all"}))
+            assert command.wait() == 0
+            log = "".join(p.read_text() for p in ipython_dir.glob("*/log/*.log"))
+            assert "the controller ended: that was all" in command.err
+            assert "dropped a malformed message" in log and "Traceback" not in log + command.err
+    finally:
+        impostor.close()
+
+
+def test_an_engine_reports_a_welcome_that_is_none(ipython_dir):
+    impostor = Impostor(ipython_dir, {**Impostor.WELCOME, "id": "x"})
+    path = ipython_dir / "engine.json"
+    path.write_text(json.dumps({**impostor.info, "role": "engine"}))
+    path.chmod(0o600)
+    try:
+        with Command("engine", f"--file={path}") as command:
+            for _ in range(2):
+                assert impostor.sock.poll(20_000), command.err
+                impostor.route = impostor.sock.recv_multipart()[0]
+                impostor.say(wire.encode_json(wire.WELCOME, impostor.welcome))
+            command.wait()
+            log = "".join(p.read_text() for p in ipython_dir.glob("*/log/*.log"))
+            assert "sent a welcome that is malformed (id)" in log and "Traceback" not in log + command.err
+    finally:
+        impostor.close()
+
+
 def test_a_result_that_is_garbage_fails_its_task_alone(impostor):
     thread = impostor.greet()
     rc = ipp.Client(impostor.info, timeout=5)
@@ -552,9 +706,11 @@ def mode(path):
 
 
 def test_file_modes(ipython_dir):
+    """Under a umask that forbids nothing."""
     old = os.umask(0)
     try:
-        with ipp.Cluster(n=1, cluster_id="m") as rc:
+        shutil.rmtree(ipython_dir)
+        with ipp.Cluster(n=1, cluster_id="m", controller_args=["--log-to-file"]) as rc:
             folder = security(ipython_dir)
             assert mode(folder) == 0o700
             for role in ("client", "engine"):
@@ -564,6 +720,10 @@ def test_file_modes(ipython_dir):
             sockets = Path(connection(ipython_dir, cluster_id="m")["ipc"])
             assert mode(sockets.parent) == 0o700 and stat.S_ISSOCK(sockets.lstat().st_mode)
             assert rc[:].apply_sync(abs, -1) == [1]
+            found = [ipython_dir, *ipython_dir.rglob("*")]
+            assert [path for path in found if mode(path) & 0o022] == []
+            logs = list(ipython_dir.glob("*/log/*.log"))
+            assert len(logs) >= 3 and {mode(path) for path in logs} == {0o600}
     finally:
         os.umask(old)
 
@@ -629,7 +789,7 @@ WITHOUT_CURVE = ("import sys, zmq; real = zmq.has; zmq.has = lambda what: what !
                  "from ipclite.controller import main; sys.exit(main(sys.argv[1:]))")
 
 
-@pytest.mark.parametrize("ip", ["*", "0.0.0.0", "::", socket.gethostname()])
+@pytest.mark.parametrize("ip", ["*", "0.0.0.0", "::"])
 def test_without_encryption_the_controller_stays_on_this_host(ipython_dir, ip):
     command = run(code=["-c", WITHOUT_CURVE, f"--ip={ip}"])
     one_sentence(command, 2, "no CURVE encryption", "--ip=127.0.0.1 with ssh tunnels")

@@ -45,6 +45,26 @@ def test_an_abort_takes_back_what_waits_anywhere_and_leaves_what_runs(start, tmp
     assert [ar.get(10) for ar in running] == [0, 1]
 
 
+def test_an_abort_of_the_tasks_of_some_engines(start, tmp_path):
+    rc = start(2)
+    flag = tmp_path / "flag"
+    running = [rc[i].apply_async(tasks.report_and_hold, tmp_path / str(i), flag, i) for i in range(2)]
+    for i in range(2):
+        started(tmp_path / str(i))
+    queued = [rc[i].apply_async(os.getpid) for i in range(2)]
+    rc.abort(targets=0, block=True)
+    with pytest.raises(ipp.TaskAborted):
+        queued[0].get(10)
+    third = rc[1].apply_async(abs, -1)
+    rc[1].abort(-1)  # the last task of the history
+    with pytest.raises(ipp.TaskAborted):
+        third.get(10)
+    rc.abort(queued, targets=[0])
+    flag.touch()
+    assert [ar.get(10) for ar in running] == [0, 1]
+    assert type(queued[1].get(10)) is int
+
+
 def test_an_abort_of_what_has_ended_or_is_unknown_does_nothing(start):
     rc = start(1)
     ar = rc[0].apply_async(os.getpid)
@@ -99,6 +119,16 @@ def test_a_task_that_runs_too_long_fails_alone(start, tmp_path, holds_the_gil):
         slow.get(20)
     rc.wait_for_engines(1, timeout=15)
     assert view.apply_sync(tasks.hold, None, 5) == 5
+
+
+def test_a_crash_is_not_blamed_on_an_earlier_task_that_ran_too_long(start, tmp_path):
+    rc = start(1)
+    view = rc.load_balanced_view()
+    view.run_timeout = 0.5
+    with pytest.raises(ipp.TaskTimeout):
+        view.apply_sync(tasks.hold, tmp_path / "never")
+    with pytest.raises(ipp.EngineError, match="exited with code 3"):
+        rc[0].apply_sync(os._exit, 3)
 
 
 def test_a_signal_goes_by_number_or_name(start, tmp_path):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from support import Leaks, cluster_files, eventually, need, our_processes
+from support import QUEUES, Leaks, cluster_files, eventually, need, our_processes
 
 SLEEP = "import time; time.sleep(600)"
 DAEMON = f"""
@@ -78,6 +78,22 @@ def test_files_of_a_cluster_are_seen(leaks, ipython_dir):
         path.unlink()
 
 
+def test_a_job_in_a_queue_is_seen_and_ended(leaks, monkeypatch):
+    class Queue:
+        waiting = ["7"]
+
+        def jobs(self):
+            return self.waiting
+
+        def clear(self):
+            self.waiting = []
+
+    monkeypatch.setitem(QUEUES, "slurm", Queue())
+    assert leaks.now() == ["job 7 of slurm"]
+    leaks.end()
+    assert leaks.now() == []
+
+
 def test_waiting_has_a_deadline():
     assert eventually(lambda: 7) == 7
     with pytest.raises(pytest.fail.Exception, match="still not: rain"):
@@ -86,9 +102,10 @@ def test_waiting_has_a_deadline():
 
 def test_an_absent_service_skips_or_fails_in_ci(monkeypatch):
     need(True, "Slurm")
-    monkeypatch.setenv("CI", "true")
-    with pytest.raises(pytest.fail.Exception, match="Slurm is absent"):
-        need(None, "Slurm")
+    for word in ("true", "1"):
+        monkeypatch.setenv("CI", word)
+        with pytest.raises(pytest.fail.Exception, match="Slurm is absent"):
+            need(None, "Slurm")
     monkeypatch.delenv("CI")
     with pytest.raises(pytest.skip.Exception):
         need(None, "Slurm")

@@ -248,6 +248,13 @@ def test_map_over_arrays_sets_and_dicts(view):
     assert view.map_sync(lambda key: key.upper(), {"a": 1, "b": 2}) == ["A", "B"]
 
 
+def test_map_has_no_other_options(rc):
+    for view, options in ((rc[:], {"chunksize": 2}), (rc.load_balanced_view(), {"size": 2})):
+        for call in (view.map, view.map_sync, view.map_async):
+            with pytest.raises(TypeError, match=f"has no option '{[*options][0]}'; its options are block, .*label"):
+                call(abs, [1], **options)
+
+
 def test_map_wants_a_sequence(view):
     with pytest.raises(TypeError):
         view.map(abs)

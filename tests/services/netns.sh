@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Several hosts on one kernel, for the tests: network namespaces <prefix>1, <prefix>2, ... with addresses 10.NET.0.11,
 # 10.NET.0.12, ..., each with a host name, a loopback interface and an /etc/hosts of its own, joined by a switch. Root only.
-#   netns.sh start | stop
+#   netns.sh install | start | stop
 #   netns.sh exec NAME command...   run a command on a host
 #   netns.sh cut NAME | heal NAME   pull its cable (packets vanish, nobody is told), and plug it in again
 # Environment: NETNS_PREFIX, NETNS_NET (a number from 0 to 255), NETNS_COUNT (default 3)
 set -euo pipefail
-prefix=${NETNS_PREFIX:?} net=10.${NETNS_NET:?}.0 count=${NETNS_COUNT:-3} switch=${NETNS_PREFIX}sw
-export PATH=$PATH:/usr/sbin:/sbin
+STATE=none . "$(dirname "$0")/lib.sh"
+[ "${1:-}" = install ] || : "${NETNS_PREFIX:?}" "${NETNS_NET:?}"
+prefix=${NETNS_PREFIX:-} net=10.${NETNS_NET:-}.0 count=${NETNS_COUNT:-3} switch=${NETNS_PREFIX:-}sw
+
+install() { have ip || install_packages iproute2; }
 
 start() {
     local i j name
@@ -53,12 +56,12 @@ on() {
 command=${1:-}
 [ $# = 0 ] || shift
 case $command in
-start | stop) "$command" ;;
+install | start | stop) "$command" ;;
 exec) on "$@" ;;
 cut) ip -n "$switch" link set "p${1#"$prefix"}" down ;;
 heal) ip -n "$switch" link set "p${1#"$prefix"}" up ;;
 *)
-    echo "usage: $0 start|stop|exec|cut|heal" >&2
+    echo "usage: $0 install|start|stop|exec|cut|heal" >&2
     exit 2
     ;;
 esac

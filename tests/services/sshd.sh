@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # OpenSSH servers for the tests, with host keys, user key and configuration of their own below STATE; nothing in ~/.ssh
 # or /etc/ssh is read or written.
-#   sshd.sh start | stop
+#   sshd.sh install | start | stop
 # Environment: STATE (a directory, absolute), SSHD_PORT, SSHD_HOSTS (addresses, a server each), SSHD_OPTIONS (first lines of
 # sshd_config), SSHD_SHADOW (a file to be taken for /etc/shadow; root only)
 set -euo pipefail
-port=${SSHD_PORT:?}
+. "$(dirname "$0")/lib.sh"
+port=${SSHD_PORT:-}
 read -ra hosts <<<"${SSHD_HOSTS:-127.0.0.1 127.0.0.2}"
-: "${STATE:?}"
-export PATH=$PATH:/usr/sbin:/sbin
+
+install() {
+    have sshd ssh-keygen || install_packages openssh-server openssh-client
+}
 
 configure() {
     mkdir -p "$STATE"
@@ -43,6 +46,7 @@ C
 }
 
 start() {
+    : "${port:?}"
     configure
     local host
     for host in "${hosts[@]}"; do
@@ -79,9 +83,9 @@ stop() {
 }
 
 case ${1:-} in
-start | stop) "$1" ;;
+install | start | stop) "$1" ;;
 *)
-    echo "usage: $0 start|stop" >&2
+    echo "usage: $0 install|start|stop" >&2
     exit 2
     ;;
 esac

@@ -10,7 +10,8 @@ import random
 from collections import Counter, deque
 from heapq import heappop, heappush
 
-from ipclite.scheduler import POLICIES, Scheduler
+from ipclite.queues import POLICIES
+from ipclite.scheduler import Scheduler
 from ipclite.tasks import (UNKNOWN, Abort, Accept, EngineDown, EngineUp, Fail, Finished, Needs, Recall, Returned, Run,
                            Spec, State, Submit, Task, Tick)
 from ipclite.wire import ERROR, OK, UNMET, msg_id
@@ -255,7 +256,19 @@ class World:
     def start_engine(self) -> None:
         engine = self.engines[self.next_engine] = Engine(self, self.next_engine)
         self.next_engine += 1
-        self.deliver(EngineUp(engine.id))
+        if not self.trouble or self.rng.random() < 0.7:
+            return self.deliver(EngineUp(engine.id))
+        stay, drain = self.rng.uniform(0, 30), self.rng.uniform(0, 2)
+        self.deliver(EngineUp(engine.id, self.now + stay, drain))
+        self.later(stay + self.rng.uniform(0, 3), self.leave, engine)
+
+    def leave(self, engine: Engine) -> None:
+        """Its job ends: what it runs and holds is for others."""
+        if engine.alive:
+            engine.alive = False
+            self.later(self.latency(), self.lose, engine, "its job ends", engine.running and engine.running[0], False)
+            if self.rng.random() < 0.7:
+                self.later(self.rng.uniform(0, 60), self.start_engine)
 
     def misfortune(self) -> None:
         live = [e for e in self.engines.values() if e.alive and not e.frozen]

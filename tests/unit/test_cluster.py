@@ -179,7 +179,7 @@ def test_the_profile_is_read_and_arguments_win():
     assert c.n == 7 and c.controller_args == ["--ping=9"]
     assert Cluster(profile="x", n=3).n == 3 and Cluster(profile="x", load_profile=False).n != 7
     c.start_engines_sync(1, environment={"C": "d"})
-    assert c.engine_set.options["environment"] == {"C": "d"}
+    assert c.engine_set.options["environment"] == {"A": "b", "C": "d"}, "it adds to the profile's"
     c.start_engines_sync(1)
     assert c.engines["1"].options["environment"] == {"A": "b"}
     c.stop_engines_sync()
@@ -567,6 +567,7 @@ def test_engines_for_a_controller_that_runs(capsys, monkeypatch):
     waited = []
     monkeypatch.setattr(FakeClient, "wait_for_engines", lambda self, n, timeout: waited.append(n))
     assert main(["engines", "-n", "3", "--daemonize"]) == 0
-    assert waited == [5] and len(Cluster.from_file().engines) == 1
-    alive.discard(f"engine-{len(history) - 1}")
-    c.stop_cluster_sync()
+    found = Cluster.from_file()
+    assert waited == [5] and [launcher.n for launcher in found.engines.values()] == [2, 3]
+    found.stop_cluster_sync()
+    assert not alive and not c.running

@@ -60,7 +60,7 @@ def test_the_table_is_consistent():
         assert option.kind in config.KINDS and option.help and set(option.roles) <= set(config.PROGRAMS)
         assert option.section in {"Application", *config.CHAINS, *(n for c in config.CHAINS.values() for n in c),
                                   "HeartMonitor", "TaskScheduler", "IPClusterStop", "IPClusterList", "IPClusterClean",
-                                  "IPClusterLogs", "Profile", "DictDB", "SQLiteDB", "MongoDB"}
+                                  "IPClusterLogs", "LogWatcher", "MPI", "Profile", "DictDB", "SQLiteDB", "MongoDB", "Records"}
 
 
 @pytest.mark.parametrize("role", config.PROGRAMS)
@@ -296,8 +296,7 @@ def test_flags_that_have_no_effect(words, rest, package_log):
 
 
 @pytest.mark.parametrize("section, key, value", [
-    ("PBSLauncher", "queue", "q"), ("SSHEngineSetLauncher", "engines", {"a": (1, [])}), ("MPILauncher", "mpi_args", []),
-    ("SlurmControllerLauncher", "timelimit", "1:0"), ("WinHPCJobLauncher", "anything", 1),
+    ("WinHPCJobLauncher", "anything", 1), ("WindowsHPCEngineSetLauncher", "scheduler", "HEADNODE"),
 ])
 def test_settings_of_what_is_absent(section, key, value, package_log):
     if not config.is_absent(section, key, "cluster"):

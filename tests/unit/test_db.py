@@ -2,32 +2,70 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from datetime import datetime, timedelta, timezone
-from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recording import ALICE, NOW, Clock, finish, judge, name, queries, records, submit
 
-from ipclite import wire
-from ipclite.db import BUFFERS, KEYS, OPERATORS, Batch, Function, NoDB, Section, compile_query
-from ipclite.dictdb import BLOCK, FIELDS, OUTPUT_MAX, SESSIONS_KEPT, DictDB
+from ipclite import options, wire
+from ipclite.db import Function, NoDB, compile_query
+from ipclite.dictdb import BLOCK, SESSIONS_KEPT, DictDB
 from ipclite.errors import ConfigError, NoRecord, RecordExpired
+from ipclite.mongodb import MongoDB
+from ipclite.owndb import OwnDB
 from ipclite.queries import open_db
-
-ALICE, BOB = b"alicesid", b"bobs_sid"
-SPEC = json.dumps({"op": "apply", "fn": "ab" * 16, "targets": None, "label": "blue"}).encode()
-NOW = 1_900_000_000.0
+from ipclite.sqlitedb import SQLiteDB, SQLiteStore
 
 
-class Clock:
-    now = NOW
 
-    def __call__(self):
-        return self.now
+class Own(DictDB):
+    """A database of a user's, which keeps our contract."""
+
+
+class Half:
+    """One that does not."""
+
+    def submitted(self, batch):
+        """Tasks have come."""
+
+
+class Broken:
+    def __init__(self):
+        raise ZeroDivisionError("division by zero")
+
+
+class Theirs:
+    """A database of a user's as IPython Parallel asks for it."""
+
+    def __init__(self):
+        self.records = {}
+
+    def add_record(self, msg_id, rec):
+        self.records[msg_id] = rec
+
+    def update_record(self, msg_id, rec):
+        self.records[msg_id].update(rec)
+
+    def get_record(self, msg_id):
+        return self.records[msg_id]
+
+    def find_records(self, check, keys=None):
+        found = [r for r in self.records.values() if all(r.get(k) == v for k, v in check.items())]
+        return [{k: r.get(k) for k in keys} for r in found] if keys else found
+
+    def get_history(self):
+        return list(self.records)
+
+    def drop_record(self, msg_id):
+        del self.records[msg_id]
+
+    def drop_matching_records(self, check):
+        for record in self.find_records(check):
+            del self.records[record["msg_id"]]
 
 
 @pytest.fixture
@@ -40,115 +78,7 @@ def db(clock):
     return DictDB(clock=clock)
 
 
-def submit(db, seqs, session=ALICE, spec=SPEC, payload=b"args", function=None, when=NOW, fan=1):
-    """Tell the database of tasks in either way: in one piece if there are several that fit."""
-    seqs = list(seqs)
-    frames = wire.encode_tasks(spec, session, [(seq, fan, payload) for seq in seqs[::fan]])
-    if len(seqs) > 1 and len(frames) == 1:
-        db.submitted(Batch(session, spec, seqs, None, when, function, fan, frames[0]))
-    else:
-        db.submitted(Batch(session, spec, seqs, [payload] * len(seqs), when, function, fan))
-
-
-def finish(db, seqs, session=ALICE, engine=3, status=wire.OK, payload=b"value", received=NOW + 2, attempt=1):
-    results = [wire.Result(seq, NOW + 1, 0.5, attempt, status, payload) for seq in seqs]
-    frames = wire.encode_results(session, engine, results)
-    db.finished(Section(session, engine, f"uuid{engine}", received, list(seqs), frames))
-
-
-def name(seq, session=ALICE):
-    return wire.msg_id((session, seq))
-
-
 # --- the query language
-
-
-ORDERS = {
-    "$lt": lambda a, b: a < b,
-    "$lte": lambda a, b: a <= b,
-    "$le": lambda a, b: a <= b,
-    "$gt": lambda a, b: a > b,
-    "$gte": lambda a, b: a >= b,
-}
-
-
-def kind(value):
-    return (
-        "number"
-        if type(value) in (int, float)
-        else "date"
-        if isinstance(value, datetime)
-        else "text"
-        if isinstance(value, str)
-        else None
-    )
-
-
-def judge(record, query):
-    """What a query means, in plain words."""
-    for key, wanted in query.items():
-        value = record[key]
-        if not (isinstance(wanted, dict) and any(k.startswith("$") for k in wanted)):
-            wanted = {"$eq": wanted}
-        for operator, operand in wanted.items():
-            if operator in ORDERS:
-                holds = kind(value) is not None and kind(value) == kind(operand) and ORDERS[operator](value, operand)
-            elif operator in ("$eq", "$ne"):
-                holds = (value == operand) == (operator == "$eq")
-            elif operator in ("$in", "$nin"):
-                holds = any(value == o for o in operand) == (operator == "$in")
-            elif operator == "$glob":
-                holds = kind(value) == "text" and fnmatchcase(value, operand)
-            elif operator == "$all":
-                held = value if isinstance(value, list) else [value]
-                holds = operand != [] and all(any(h == o for h in held) for o in operand)
-            elif operator == "$mod":
-                holds = kind(value) == "number" and value % operand[0] == operand[1]
-            else:
-                holds = (value is not None) == operand
-            if not holds:
-                return False
-    return True
-
-
-dates = st.integers(-3, 3).map(lambda n: datetime(2030, 1, 1, tzinfo=timezone.utc) + timedelta(hours=n))
-words = st.sampled_from(["", "a", "ab", "b", "a*", "A", "[a]"])
-numbers = st.integers(-3, 3) | st.sampled_from([0.5, -1.0, 1e300, math.inf])
-scalars = st.none() | numbers | words
-values = scalars | st.lists(scalars, max_size=3)
-records = st.fixed_dictionaries(
-    {"engine_id": values, "label": values, "attempt": values, "completed": st.none() | dates}
-)
-divisors = st.tuples(st.integers(-3, 3).filter(bool), st.integers(-3, 3)).map(list)
-
-
-def conditions(plain, ordered):
-    """Every operator with an operand that suits it."""
-    several = st.lists(plain, max_size=3)
-    operands = {
-        "$eq": plain,
-        "$ne": plain,
-        "$in": several,
-        "$nin": several,
-        "$all": several,
-        "$glob": words,
-        "$mod": divisors,
-        "$exists": st.booleans(),
-        **dict.fromkeys(ORDERS, ordered),
-    }
-    assert set(operands) == set(OPERATORS)
-    return st.one_of(
-        plain,
-        *[operand.map(lambda o, op=op: {op: o}) for op, operand in operands.items()],
-        st.fixed_dictionaries({}, optional=operands).filter(bool),
-    )
-
-
-ordinary = conditions(values, numbers | words)
-when = conditions(st.none() | dates, dates).filter(lambda c: not isinstance(c, dict) or not set(c) & {"$glob", "$mod"})
-queries = st.fixed_dictionaries(
-    {}, optional={"engine_id": ordinary, "label": ordinary, "attempt": ordinary, "completed": when}
-)
 
 
 @settings(max_examples=1500, deadline=None)
@@ -226,127 +156,6 @@ def test_what_is_no_query_is_said_in_one_sentence(query, word, db):
 def test_keys_that_there_are_not(db, keys):
     with pytest.raises(ValueError, match="no key|keys are"):
         db.find_records({}, keys)
-
-
-# --- records
-
-
-def test_a_record_from_submission_to_result(db):
-    submit(db, [1], function=Function([b"function", memoryview(b"more")]))
-    waiting = db.get_record(name(1))
-    assert set(waiting) == set(KEYS) == set(FIELDS)
-    assert (waiting["status"], waiting["engine_id"], waiting["attempt"], waiting["completed"]) == (
-        "pending",
-        None,
-        None,
-        None,
-    )
-    assert (waiting["label"], waiting["op"], waiting["queue"], waiting["client_uuid"]) == (
-        "blue",
-        "apply",
-        "task",
-        ALICE.hex(),
-    )
-    assert waiting["submitted"].timestamp() == NOW and waiting["submitted"].utcoffset() == timedelta(0)
-    db._place = {(ALICE, 1): (3, "uuid3", 2)}.get
-    assigned = db.get_record(name(1))
-    assert (assigned["engine_id"], assigned["engine_uuid"], assigned["attempt"], assigned["status"]) == (
-        3,
-        "uuid3",
-        2,
-        "pending",
-    )
-    finish(db, [1], attempt=2)
-    done = db.get_record(name(1))
-    assert (done["status"], done["engine_id"], done["engine_uuid"], done["attempt"]) == ("ok", 3, "uuid3", 2)
-    assert [done[k].timestamp() for k in ("started", "completed", "received")] == [NOW + 1, NOW + 1.5, NOW + 2]
-    assert (done["buffers"], done["result_buffers"], done["function"]) == (
-        [b"args"],
-        [b"value"],
-        [b"function", b"more"],
-    )
-    assert done["header"]["msg_type"] == "apply_request" and done["metadata"]["fn"] == "ab" * 16
-
-
-def test_failures(db):
-    submit(db, [1, 2])
-    finish(db, [1], status=wire.ERROR, payload=wire.encode_error({"ename": "ValueError", "evalue": "no"}, b"pickle"))
-    finish(db, [2], engine=wire.NO_ENGINE, status=wire.ERROR, payload=b"garbage")
-    one, two = db.find_records({"status": "error"})
-    assert (one["ename"], one["evalue"], one["error"], one["engine_id"]) == ("ValueError", "no", "ValueError: no", 3)
-    assert (two["ename"], two["engine_id"], two["engine_uuid"]) == ("ProtocolError", None, None)
-
-
-def test_large_payloads_stay_in_pieces(db):
-    large = [b"head", memoryview(b"x" * 50_000), memoryview(b"y" * 60_000)]
-    submit(db, [1], payload=large)
-    finish(db, [1], payload=large)
-    record = db.get_record(name(1))
-    assert record["buffers"] == large and [bytes(p) for p in record["result_buffers"]] == [bytes(p) for p in large]
-
-
-def test_keys_and_order(db):
-    submit(db, [2], BOB)
-    submit(db, range(1, 600))
-    submit(db, [1], BOB)
-    finish(db, [7, 300, 301, 5])
-    assert [r["msg_id"] for r in db.find_records({"completed": {"$ne": None}})] == [name(n) for n in (5, 7, 300, 301)]
-    assert db.get_history() == [name(2, BOB), *map(name, range(1, 600)), name(1, BOB)]
-    assert db.find_records({"msg_id": name(3)}, ["queue", "queue"]) == [{"msg_id": name(3), "queue": "task"}]
-    assert not set(db.find_records({})[0]) & set(BUFFERS)
-    assert db.find_records({"msg_id": {"$in": [name(3)]}}, ["buffers"]) == [{"msg_id": name(3), "buffers": [b"args"]}]
-
-
-def test_a_call_to_several_engines_has_a_record_for_each(db):
-    submit(db, range(5, 9), spec=json.dumps({"op": "apply", "targets": [4, 6]}).encode(), fan=2)
-    assert [r["targets"] for r in db.find_records({})] == [[4], [6], [4], [6]]
-    assert [r["queue"] for r in db.find_records({})] == ["mux"] * 4
-    assert [r["buffers"] for r in db.find_records({}, ["buffers"])] == [[b"args"]] * 4
-
-
-def test_tasks_that_come_twice_are_left_as_they_are(db):
-    submit(db, [1, 2, 3])
-    finish(db, [2])
-    submit(db, range(1, 6), payload=b"other")
-    assert db.count == 1
-    assert [r["buffers"] for r in db.find_records({}, ["buffers"])] == [[b"args"]] * 3 + [[b"other"]] * 2
-    assert db.get_record(name(2))["status"] == "ok"
-
-
-def test_what_engines_say_of_unknown_tasks_does_not_matter(db):
-    submit(db, [1])
-    db.assigned(BOB, 1, "u", [(1, 1, b"")])
-    db.assigned(ALICE, 1, "u", [(999_999, 1, b""), (2, 1, b"")])
-    finish(db, [2, 3, 2**63])
-    finish(db, [1], BOB)
-    db.output(BOB, [[1, "stdout", "x"]])
-    assert (db.count, db.size, db.get_history()) == (0, 0, [name(1)])
-
-
-def test_output_is_kept_up_to_a_limit(db):
-    submit(db, [1, 2])
-    db.output(
-        ALICE, [[1, "stdout", "a"], [1, "stderr", "e"], [9, "stdout", "z"], [1, "stdout", "b"], [1, "data", "ignored"]]
-    )
-    db.output(ALICE, [[1, "stdout", "x" * OUTPUT_MAX], [1, "stdout", "y" * 10]])
-    record = db.get_record(name(1))
-    assert record["stdout"].startswith("abx") and record["stderr"] == "e"
-    assert len(record["stdout"]) == OUTPUT_MAX - 1
-    finish(db, [1, 2])
-    db.drop_record(name(1))
-    db.drop_record(name(2))
-    assert db.size == 0
-
-
-def test_changes(db):
-    submit(db, [1])
-    db.update_record(name(1), {"resubmitted": "somewhere"})
-    assert db.get_record(name(1))["resubmitted"] == "somewhere"
-    assert db.find_records({"resubmitted": {"$glob": "some*"}}, []) == [{"msg_id": name(1)}]
-    with pytest.raises(ValueError, match="no key 'colour'"):
-        db.update_record(name(1), {"colour": "red"})
-    with pytest.raises(NoRecord):
-        db.update_record(name(2), {"label": "x"})
 
 
 # --- retention
@@ -538,7 +347,7 @@ def test_ids_that_are_none(store, text):
             ask(text)
 
 
-OPTIONS = {"DictDB.record_limit": 7, "DictDB.size_limit": 8, "DictDB.record_age": 9.0}
+OPTIONS = {option.name: option.default for option in options.OPTIONS}
 
 
 @pytest.mark.parametrize(
@@ -552,28 +361,102 @@ OPTIONS = {"DictDB.record_limit": 7, "DictDB.size_limit": 8, "DictDB.record_age"
         ("NoDB", NoDB),
         ("nodb", NoDB),
         ("ipyparallel.controller.dictdb.NoDB", NoDB),
+        ("SQLiteDB", SQLiteDB),
+        ("ipyparallel.controller.sqlitedb.SQLiteDB", SQLiteDB),
+        (f"{SQLiteDB.__module__}.SQLiteDB", SQLiteDB),
+        ("mongodb", MongoDB),
+        ("ipyparallel.controller.mongodb.MongoDB", MongoDB),
+        (f"{__name__}.Own", Own),
+        (Own, Own),
+        (f"{__name__}.Theirs", OwnDB),
+        (Theirs, OwnDB),
     ],
 )
 def test_names_of_databases(given, kind):
-    store = open_db(given, OPTIONS, lambda key: None)
+    limits = {"record_limit": 7, "size_limit": 8, "record_age": 9.0}
+    chosen = {f"{name}.{key}": value for name in ("DictDB", "SQLiteDB", "MongoDB") for key, value in limits.items()}
+    store = open_db(given, {**OPTIONS, **chosen}, lambda key: None)
     assert type(store) is kind
-    if kind is DictDB:
-        assert (store.record_limit, store.size_limit, store.record_age) == (7, 8, 9.0)
+    if kind in (DictDB, SQLiteDB, MongoDB):
+        assert {key: getattr(store, key) for key in limits} == limits
 
 
 @pytest.mark.parametrize(
     "given, word",
     [
-        ("SQLiteDB", "has no SQLiteDB: choose DictDB"),
-        ("ipyparallel.controller.mongodb.MongoDB", "has no MongoDB"),
-        ("Oracle", "only DictDB and NoDB"),
-        ("my.own.DictDB", "only DictDB"),
-        ("", "only DictDB"),
+        ("Oracle", "neither one of DictDB, NoDB, SQLiteDB, MongoDB nor the dotted path of a class"),
+        ("ipyparallel.controller.oracle.OracleDB", "neither one of"),
+        ("", "neither one of"),
+        ("my.own.DictDB", "can't be imported: ModuleNotFoundError: No module named 'my'"),
+        (f"{__name__}.Nothing", "can't be imported: AttributeError"),
+        (f"{__name__}.Broken", "can't be made: ZeroDivisionError"),
+        (f"{__name__}.Clock", "lacks add_record, update_record, get_record"),
+        (f"{__name__}.Half", "lacks keeps, persists"),
     ],
 )
 def test_databases_that_there_are_not(given, word):
-    with pytest.raises(ConfigError, match=re.escape(word)):
+    with pytest.raises(ConfigError, match=re.escape(word)) as caught:
         open_db(given, OPTIONS, lambda key: None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("table", ["a b", 'a"; DROP TABLE x; --', "1a", "sqlite_master", "a.b", "a" * 65, "é", "a\n"])
+def test_names_that_no_table_may_have(table):
+    with pytest.raises(ConfigError, match=r"c\.SQLiteDB\.table is .*no name for a table"):
+        open_db("SQLiteDB", {**OPTIONS, "SQLiteDB.table": table}, lambda key: None)
+
+
+@pytest.mark.parametrize(
+    "chosen, cluster_id, file",
+    [
+        ({}, "", "tasks.db"),
+        ({}, "a", "tasks-a.db"),
+        ({"table": "tasks"}, "a", "tasks.db"),
+        ({"filename": "mine.db"}, "a", "mine.db"),
+        ({"location": "security"}, "", "security/tasks.db"),
+        ({"location": "/elsewhere", "filename": "x"}, "", "/elsewhere/x"),
+    ],
+)
+def test_files_of_clusters(chosen, cluster_id, file):
+    assert SQLiteStore(**chosen).where(Path("/profile"), cluster_id) == Path("/profile", file)
+
+
+def test_a_database_of_the_user_s_is_told_and_asked():
+    theirs = Theirs()
+    db = OwnDB(theirs, lambda key: None)
+    submit(db, [1], function=Function([b"code"]))
+    submit(db, [2, 3, 4])
+    submit(db, [5], payload=[b"head", b"x" * 50_000])
+    assert theirs.records[name(1)]["status"] == "pending" and theirs.records[name(3)]["buffers"] == [b"args"]
+    assert theirs.records[name(5)]["buffers"] == [b"head", b"x" * 50_000] and theirs.records[name(1)]["function"] == [b"code"]
+    db.assigned(ALICE, 7, "uuid7", [(2, 1, b"")])
+    db.output(ALICE, [[2, "stdout", "a"], [2, "stdout", "b"], [2, "data", "x"]])
+    assert [theirs.records[name(2)][key] for key in ("engine_id", "attempt", "stdout")] == [7, 1, "ab"]
+    finish(db, [2, 3])
+    assert db.get_record(name(2))["result_buffers"] == [b"value"] and db.get_record(name(3))["status"] == "ok"
+    assert db.find_records({"status": "ok"}, ["engine_id"]) == [{"msg_id": name(n), "engine_id": 3} for n in (2, 3)]
+    assert db.get_history() == [name(n) for n in range(1, 6)]
+    db.update_record(name(1), {"resubmitted": name(5)})
+    assert theirs.records[name(1)]["resubmitted"] == name(5)
+    db.drop_record(name(1))
+    assert db.drop_matching_records({"status": "ok"}) == 2 and db.get_history() == [name(4), name(5)]
+    for ask in (lambda: db.get_record(name(1)), lambda: db.drop_record(name(9))):
+        with pytest.raises(NoRecord, match="Theirs does not know it: KeyError"):
+            ask()
+    with pytest.raises(ValueError, match="no key 'colour'"):
+        db.find_records({"colour": 1})
+    db.close()
+
+
+def test_a_database_of_the_user_s_that_fails_is_told_nothing_more():
+    theirs = Theirs()
+    db = OwnDB(theirs, lambda key: None)
+    finish(db, [1])
+    assert db.failed == "no records of tasks are kept any more, as Theirs.update_record failed: KeyError: " + repr(name(1))
+    submit(db, [2])
+    assert not db.keeps and theirs.records == {}
+    with pytest.raises(NoRecord, match="no records of tasks are kept any more"):
+        db.get_history()
 
 
 def test_no_db_says_so():

@@ -262,6 +262,25 @@ def test_a_remote_error_of_a_remote_error() -> None:
     assert isinstance(outer, errors.RemoteError) and outer.ename == "ZeroDivisionError"
 
 
+def test_exceptions_among_results() -> None:
+    assert errors.collect_exceptions([1, 2]) == [1, 2] and errors.collect_exceptions({0: 1}) == {0: 1}
+    with pytest.raises(errors.CompositeError, match="2 exceptions in f") as caught:
+        errors.collect_exceptions({0: 1, 1: ValueError("a"), 2: KeyError("b")}, "f")
+    assert [type(e) for e in caught.value.elist] == [ValueError, KeyError]
+
+
+def test_exceptions_as_texts() -> None:
+    with pytest.raises(RuntimeError):
+        errors.wrap_exception()
+    try:
+        raise ValueError("bad")
+    except ValueError:
+        content = json.loads(json.dumps(errors.wrap_exception({"engine_id": 3})))
+    error = errors.unwrap_exception(content)
+    assert (type(error), error.ename, error.evalue, error.engine_info) == (errors.RemoteError, "ValueError", "bad", {"engine_id": 3})
+    assert "raise ValueError" in error.traceback
+
+
 def test_classes_that_come_and_go_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(errors, "_BOTH_MAX", 10)
     for i in range(50):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ipclite import config, launchers
+from ipclite.cluster import Cluster
 from ipclite.errors import ConfigError, LauncherError, NotRunning
 
 PY = [sys.executable, "-S", "-c"]
@@ -211,3 +213,74 @@ def test_exit_reason():
         "has ended", "exited with code 0", "exited with code 1", "was killed by SIGKILL",
         f"was killed by {signal.Signals(64).name}"]
     assert launchers.exit_reason(-200) == "was killed by signal 200"
+
+
+def script_of(role, name, sections):
+    """The job script that a cluster with these settings would submit."""
+    found = Cluster(n=4, **{f"{role}s" if role == "engine" else role: name}, cluster_id="x", config=sections, load_profile=False)
+    return found.job_script(role)
+
+
+@pytest.mark.parametrize("name", ["pbs", "PBS", "PBSEngineSetLauncher", "ipyparallel.cluster.launcher.PBSEngineSetLauncher"])
+def test_settings_of_batch_systems_are_inherited(name):
+    controller = name.replace("EngineSet", "Controller")
+    for section in ("PBSLauncher", "BatchSystemLauncher"):
+        for role, its_name in (("engine", name), ("controller", controller)):
+            assert "#PBS -q veryshort.q" in script_of(role, its_name, {section: {"queue": "veryshort.q"}})
+    both = {"BatchSystemLauncher": {"queue": "a"}, "PBSLauncher": {"queue": "b"}, "PBSEngineSetLauncher": {"queue": "c"}}
+    assert "-q c" in script_of("engine", name, both) and "-q b" in script_of("controller", controller, both)
+    assert "-q" not in script_of("engine", name, {"SlurmLauncher": {"queue": "d"}, "PBSControllerLauncher": {"queue": "e"}})
+
+
+@pytest.mark.parametrize("name", ["pbs", "sge", "slurm", "lsf", "htcondor", "batch"])
+def test_each_batch_system_has_its_classes(name):
+    for role, kind in (("controller", "Controller"), ("engine", "EngineSet")):
+        found = launchers.find_launcher(role, name)
+        assert found is getattr(launchers, found.__name__) and found.role == role and found.remote and found.queued
+        assert launchers.launcher_name(found) == name and found.__name__.endswith(f"{kind}Launcher")
+        assert issubclass(found, launchers.BatchSystemLauncher)
+        assert config.known_names("cluster")[found.__name__]["queue"].section == "BatchSystemLauncher"
+
+
+def test_settings_of_batch_systems_take_what_people_write(caplog):
+    text = script_of("engine", "slurm", {"SlurmLauncher": {
+        "gpus": 2, "engines_per_node": 2, "options": "--exclusive\n--nice=100", "prologue": "module load python"}})
+    for line in ("#SBATCH --gres=gpu:2", "#SBATCH --exclusive\n#SBATCH --nice=100\n", "\nmodule load python\n"):
+        assert line in text
+    assert "#SBATCH --mem-per-cpu=4G" in script_of("engine", "slurm", {"BatchSystemLauncher": {"memory": "4G"}})
+    with caplog.at_level("WARNING"):
+        script_of("controller", "pbs", {"PBSControllerLauncher": {"connection_info_timeout": 60},
+                                        "PBSLauncher": {"job_id_regexp": re.compile(r"\d+")}})
+    assert "connection_info_timeout in config is not needed" in caplog.text
+    with pytest.raises(ConfigError, match="submit_rate in config needs a number above 0"):
+        script_of("engine", "slurm", {"SlurmLauncher": {"submit_rate": 0}})
+
+
+@pytest.mark.parametrize("said, name", [("echo pbs_version = 23.06.06", "pbs"), ("echo Version: 6.1.2 >&2", "torque"),
+                                        ("echo 'Unknown option: version' >&2; exit 1", "torque"), (None, "pbs")])
+def test_torque_is_told_from_pbs_pro(said, name, tmp_path, monkeypatch):
+    if said:
+        (tmp_path / "qstat").write_text(f"#!/bin/sh\n{said}\n")
+        (tmp_path / "qstat").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launchers.PBSEngineSetLauncher(n=1, profile_dir=tmp_path).dialect.name == name
+
+
+def test_a_batch_system_that_is_not_known():
+    with pytest.raises(ConfigError, match="set submit_command, delete_command and batch_template"):
+        script_of("engine", "batch", {})
+    text = script_of("engine", "batch", {"BatchSystemLauncher": {
+        "submit_command": ["put"], "delete_command": ["drop"], "batch_template": "run {n//2} {program}"}})
+    assert "# put " in text and "run 2 " in text
+
+
+def test_commands_in_the_form_of_ipython_parallel():
+    launcher = launchers.SlurmEngineSetLauncher(n=1, profile_dir="/", options={
+        "submit_command": ["sbatch", "--parsable"], "delete_command": ["kill-it"], "signal_command": ["signal-it", "-s"]})
+    assert launcher.dialect.submit == ("sbatch", "--parsable") and launcher.dialect.delete == ("kill-it", "IDS")
+    assert launcher.dialect.signal == ("signal-it", "-s", "{signal}", "IDS")
+
+
+def test_a_launcher_has_its_role():
+    with pytest.raises(ConfigError, match="is a controller launcher"):
+        launchers.find_launcher("engine", launchers.LocalControllerLauncher)

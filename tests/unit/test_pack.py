@@ -687,7 +687,7 @@ def test_modules_registered_by_value(peer: Peer, tmp_path: Path, monkeypatch: py
         assert peer.call(only_here.f, 1) == 6
     finally:
         cloudpickle.unregister_pickle_by_value(only_here)
-        monkeypatch.delitem(sys.modules, "only_here")
+        del sys.modules["only_here"]
 
 
 def raise_any(f: Callable[..., Any], *args: Any) -> None:

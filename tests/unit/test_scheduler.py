@@ -8,9 +8,11 @@ from collections import Counter
 
 import pytest
 
+from ipclite import queues
 from ipclite import scheduler as module
 from ipclite.errors import ProtocolError
-from ipclite.scheduler import POLICIES, Scheduler
+from ipclite.queues import POLICIES
+from ipclite.scheduler import Scheduler
 from ipclite.tasks import (UNKNOWN, Abort, Accept, EngineDown, EngineUp, Fail, Finished, HostDown, Needs, Recall, Returned, Run,
                            Spec, State, Submit, Task, Tick)
 from ipclite.wire import ERROR, OK, UNMET, msg_id
@@ -111,6 +113,7 @@ def test_an_empty_spec_means_any_engine_and_no_retries():
 @pytest.mark.parametrize("body", [
     b"{", b"[]", b"\xff", b'{"targets": []}', b'{"targets": 3}', b'{"targets": [true]}', b'{"targets": ["1"]}',
     b'{"retries": -1}', b'{"retries": 1.5}', b'{"retries": true}', b'{"retries": null}', b'{"fn": 7}', b'{"op": null}',
+    b'{"run_timeout": -1}', b'{"run_timeout": "1"}', b'{"run_timeout": NaN}',
     b'{"timeout": -1}', b'{"timeout": "1"}', b'{"timeout": NaN}', b'{"timeout": Infinity}', b'{"timeout": true}',
     b'{"after": []}', b'{"after": {}}', b'{"follow": {"ids": 3}}', b'{"after": {"ids": ["nonsense"]}}',
     b'{"after": {"ids": [], "success": false}}', b'{"after": {"ids": [], "all": 1}}', b'{"after": {"ids": [null]}}',
@@ -284,7 +287,8 @@ def test_a_target_that_does_not_exist_fails():
     effects = bench.submit(2, targets=(7,))
     assert fails(effects) == {0: "EngineError", 1: "EngineError"}
     assert effects[0].message.startswith("engine 7 is not registered;")
-    assert fails(bench.submit(1, targets=(7, 8))) == {2: "EngineError"}
+    effects = bench.submit(1, targets=(7, 8))
+    assert fails(effects) == {2: "EngineError"} and effects[0].message.startswith("none of the engines 7, 8 is registered;")
     assert runs(bench.submit(1, targets=(7, 1))) == {1: [3]}
 
 
@@ -515,6 +519,60 @@ def test_a_task_that_kills_engines_is_given_up(limit):
     assert fails(effects) == {0: "EngineError"} and "was killed" in effects[0].message
 
 
+def chunk(bench: Bench, op: str = "map") -> Task:
+    """A task of a bench, that came as JSON."""
+    task = Task((ME, 0), Spec.from_json(json.dumps({"op": op, "fn": "ab"}).encode()), b"")
+    bench.do(Submit([task]))
+    return task
+
+
+def ends_at(bench: Bench, task: Task, item: int):
+    """The engine of a task is killed by one of its items."""
+    return bench.do(EngineDown(task.engine, f"engine {task.engine} was killed", task.key, True, None, item + 1))
+
+
+def test_an_item_of_a_chunk_that_kills_engines_is_left_out_and_the_others_run_again():
+    bench = Bench(6)
+    task = chunk(bench)
+    assert not fails(ends_at(bench, task, 5))
+    assert "skip" not in json.loads(task.spec.raw)
+    for item in (5, 7):  # the first is given up after its second engine, the other gets two of its own
+        assert not fails(ends_at(bench, task, item))
+        if item == 7:
+            assert not fails(ends_at(bench, task, item))
+    body = json.loads(task.spec.raw)
+    assert list(body["skip"]) == ["5", "7"] and all("ended 2 engines" in why for why in body["skip"].values())
+    assert (body["op"], task.spec.fn, task.spec.function, task.crashes) == ("map", "ab", "ab", 0)
+    bench.finish(task.engine)
+
+
+@pytest.mark.parametrize("op, item", [("apply", 3), ("map", -1)])
+def test_what_has_no_items_is_given_up_as_a_whole(op, item):
+    bench = Bench(4)
+    task = chunk(bench, op)
+    assert not fails(ends_at(bench, task, item))
+    assert fails(ends_at(bench, task, item)) == {0: "EngineError"}
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_tasks_wait_for_the_engine_that_replaces_the_last_one(replaced):
+    bench = Bench(1)
+    bench.submit(1)
+    effects = bench.do(EngineDown(0, "engine 0 was killed", (ME, 0), True, replaced=replaced))
+    assert fails(effects) == ({} if replaced else {0: "EngineError"})
+    assert runs(bench.do(EngineUp(0))) == ({0: [0]} if replaced else {})
+    if replaced:  # and it is the suspect none the less
+        assert fails(bench.do(EngineDown(0, "engine 0 was killed", (ME, 0), True, replaced=True))) == {0: "EngineError"}
+
+
+def test_an_item_that_was_left_out_already_is_not_blamed_for_ever():
+    bench = Bench(5)
+    task = chunk(bench)
+    for _ in range(3):
+        assert not fails(ends_at(bench, task, 1))
+    assert fails(ends_at(bench, task, 1)) == {0: "EngineError"}
+
+
 def test_pinned_tasks_end_with_their_engine():
     bench = Bench(2).measured(LONG)
     bench.submit(3, targets=(0,))
@@ -689,9 +747,9 @@ def test_an_unknown_or_own_id_is_invalid():
 
 
 def test_how_tasks_ended_is_remembered_of_a_limited_number(monkeypatch):
-    monkeypatch.setattr(module, "OUTCOMES", 10)
-    monkeypatch.setattr(module, "OUTCOME_BLOCK", 4)
-    monkeypatch.setattr(module, "BLOCK_COST", 0)
+    monkeypatch.setattr(queues, "OUTCOMES", 10)
+    monkeypatch.setattr(queues, "OUTCOME_BLOCK", 4)
+    monkeypatch.setattr(queues, "BLOCK_COST", 0)
     bench = Bench(1)
     for _ in range(50):
         bench.measured(SHORT)
@@ -969,3 +1027,54 @@ def test_tasks_pinned_to_a_lost_host_fail_once():
     bench.submit(1, targets=(0, 1))
     effects = bench.do(HostDown([EngineDown(i, "host gone", UNKNOWN, False) for i in (0, 1)]))
     assert list(fails(effects).values()) == ["EngineError"]
+
+
+def timed(until: float, drain_s: float = 1.0, engine: int = 0, **options) -> Bench:
+    """A bench on which "f" takes 10 s and "g" 1 s, and an engine that leaves `until` s from now."""
+    bench = Bench(1, **options)
+    for fn, took in (("f", 10.0), ("g", 1.0)):
+        bench.submit(1, fn=fn)
+        bench.finish(0, took=took)
+    bench.do(EngineDown(0, "it went", None, False))
+    bench.do(EngineUp(1, bench.now + until, drain_s))
+    return bench
+
+
+def test_an_engine_takes_only_what_it_can_finish_before_it_leaves():
+    bench = timed(5.0)
+    long, short = bench.seq, bench.seq + 1
+    assert not runs(bench.submit(1, fn="f"))
+    assert runs(bench.submit(1, fn="g")) == {1: [short]}
+    assert runs(bench.do(EngineUp(2))) == {2: [long]}
+
+
+def test_an_engine_that_leaves_later_takes_what_takes_too_long_for_another():
+    bench = timed(5.0)
+    bench.do(EngineUp(2, bench.now + 50.0, 1.0))
+    assert runs(bench.submit(2, fn="f")) == {2: [2]}
+    assert runs(bench.finish(2, took=10.0)) == {2: [3]}
+
+
+def test_a_function_that_nobody_has_measured_is_thought_to_take_the_drain_time():
+    assert not runs(timed(5.0, drain_s=6.0).submit(1, fn="h"))
+    assert runs(timed(5.0, drain_s=4.0).submit(1, fn="h")) == {1: [2]}
+
+
+def test_an_engine_that_is_about_to_leave_takes_what_only_it_may_run():
+    assert runs(timed(5.0).submit(1, fn="f", targets=(1,))) == {1: [2]}
+
+
+def test_what_takes_too_long_for_all_can_be_aborted_and_waits_for_others_when_they_leave():
+    bench = timed(5.0)
+    bench.submit(3, fn="f")
+    assert [e.ename for e in bench.do(Abort(ME, [2]))] == ["TaskAborted"]
+    assert not bench.do(EngineDown(1, "it left", None, False), 5.0)
+    assert runs(bench.do(EngineUp(2), 20.0)) == {2: [3]}
+    assert runs(bench.finish(2, took=10.0)) == {2: [4]}
+
+
+def test_what_takes_too_long_for_all_obeys_its_timeout():
+    bench = timed(50.0)
+    bench.do(Tick(), 45.0)
+    bench.submit(1, fn="f", timeout=1.0)
+    assert [e.ename for e in bench.do(Tick(), 1.5)] == ["TaskTimeout"]
