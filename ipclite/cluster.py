@@ -391,9 +391,9 @@ class Cluster:
         """
         try:
             client.wait_for_engines(n, timeout=self.engine_timeout)
-        except KernelError:
+        except KernelError as e:
             self._check_processes()  # tells more
-            raise
+            raise LauncherError(f"Before {n} engines were ready, {e}.") from None
         except TimeoutError:
             raise LauncherError(f"{len(client.ids)} of {n} engines were ready after {self.engine_timeout:g} s."
                                 + self._tails(self.engines.values())) from None

@@ -490,6 +490,16 @@ def test_ctrl_c_while_jobs_are_submitted(fake, ipython_dir):
     assert 0 < len(submitted) < 60 and all((folder / "killed").exists() for folder in submitted)
 
 
+def test_stop_while_a_job_waits(fake):
+    home = fake("lsf")
+    (home / "shut").write_text("full")
+    with Command("cluster", "start", "-n1", "--engines=lsf") as start:
+        start.says("job 901 is pending")
+        assert run("cluster", "stop").process.returncode == 0
+        assert start.wait() == 1
+        assert start.err.splitlines()[-1].startswith("ipcluster: ") and "Traceback" not in start.err, start.err
+
+
 def test_jobs_that_can_not_be_cancelled_are_not_forgotten(fake, ipython_dir):
     home = fake("lsf")
     (home / "shut").write_text("full")

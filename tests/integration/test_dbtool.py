@@ -77,7 +77,7 @@ def test_a_file_is_found_without_being_named(profile):
 @pytest.mark.parametrize("words, code, word", [
     (("stats",), 12, "There is no file"),
     (("stats", "--cluster-id=b"), 12, "tasks-b.db"),
-    (("stats", "--nodb"), 12, "no running cluster"),
+    (("stats", "--nodb"), 12, "cluster runs in"),
     (("query", "--dictdb"), 12, "give --sqlitedb"),
     (("query", "colour=red"), 2, "no key 'colour'"),
     (("query", '{"label": {"$regex": "a"}}'), 2, "unknown operator"),

@@ -161,6 +161,7 @@ def test_garbage_while_a_former_run_waits(ipython_dir):
         assert engine.hello(info, uuid=uuid, agent="a")[0] == wire.WELCOME
         other = stack.enter_context(Raw.member(info))
         assert other.hello(info, uuid="other", agent="a")[0] == wire.WELCOME
+        eventually(lambda: '"other"' in (security(ipython_dir) / "ipcontroller-peers").read_text(), what="both are in the roster")
         first.stop(signal.SIGKILL)
         second = stack.enter_context(Command("controller", *LASTING, "--restore-grace=2"))
         second.says("controller started")

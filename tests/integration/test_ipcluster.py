@@ -218,7 +218,7 @@ def test_two_controllers_on_one_id():
             first.communicate(timeout=30)
 
 
-def test_a_vendored_copy_starts_its_own(tmp_path):
+def test_a_vendored_copy_starts_its_own(tmp_path, ipython_dir):
     shutil.copytree(ROOT / "ipclite", tmp_path / "proj" / "_vendor" / "parallel")
     for folder in ("proj", "proj/_vendor"):
         (tmp_path / folder / "__init__.py").write_text("")
@@ -231,6 +231,12 @@ def test_a_vendored_copy_starts_its_own(tmp_path):
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True,
                           timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "['proj._vendor.parallel.wire']\n"), done.stderr
+    started = subprocess.run([sys.executable, "-m", "proj._vendor.parallel.cluster", "start", "-n1", "--daemonize"], cwd=tmp_path,
+                             env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert started.returncode == 0, started.stderr
+    stop = started.stdout.splitlines()[-1].partition(":")[2].split()
+    assert stop == ["python", "-m", "proj._vendor.parallel.cluster", "stop"]
+    subprocess.run([sys.executable, *stop[1:]], cwd=tmp_path, env=env, timeout=60, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_roles_of_the_package():

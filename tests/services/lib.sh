@@ -17,10 +17,10 @@ have() {
 
 # eventually SECONDS command...: run it ten times a second until it succeeds
 eventually() {
-    local tries=$(($1 * 10))
+    local end=$((SECONDS + $1 + 1))
     shift
     while ! "$@" >/dev/null 2>&1; do
-        ((tries-- > 0)) || return 1
+        ((SECONDS < end)) || return 1
         sleep 0.1
     done
 }
