@@ -257,6 +257,7 @@ class Controller(Recovery):
             self._ports.close(LINGER_MS)
             self._context.term()
         self.db.close()
+        self.desk.close()
         if not self._reuse:
             for path in [*self._files, *([self._roster.path] if self._roster is not None else [])]:
                 path.unlink(missing_ok=True)

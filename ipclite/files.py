@@ -275,8 +275,9 @@ def read_connection(path: PathLike, role: Optional[str] = None, protocol: Option
     except ConnectionFileError as e:
         raise ConnectionFileError(f"{e}{_others(Path(path))}") from None
     info = check_connection(found, os.fspath(path), role, protocol)
-    if os.name == "posix" and Path(path).stat().st_mode & 0o077:
-        raise ConnectionFileError(f"{path} can be read by others, who could use its keys; run `chmod 600 {path}`.")
+    with contextlib.suppress(FileNotFoundError):  # it has gone since it was read
+        if os.name == "posix" and Path(path).stat().st_mode & 0o077:
+            raise ConnectionFileError(f"{path} can be read by others, who could use its keys; run `chmod 600 {path}`.")
     return info
 
 

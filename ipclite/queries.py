@@ -81,6 +81,12 @@ class Desk:
             self.wake_fd, self._wake_w = os.pipe()
             os.set_blocking(self.wake_fd, False)
 
+    def close(self) -> None:
+        """Nobody will ask any more."""
+        if self.wake_fd is not None and self._asked is None:  # else the clerk may be about to use them
+            os.close(self.wake_fd)
+            os.close(self._wake_w)
+
     def answer(self, client: Any, body: dict[str, Any], reply: Reply) -> None:
         """Answer a query that is in `table`, at once or when the database has: calls `reply` with the body."""
         self._go_on((self._steps(client, body), body["what"], reply), None, None)

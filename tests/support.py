@@ -11,6 +11,7 @@ from typing import Any, Callable
 import psutil
 import pytest
 
+DESCRIPTORS_MAX = 50  # more than a test may leave open, as some go when objects are collected
 MARK = "IPCLITE_TEST_RUN"  # in the environment of every process that a test run starts
 QUEUES: dict[str, Any] = {}  # {name: what has `jobs()` that are in a queue, and can `clear()` it}
 
@@ -107,6 +108,11 @@ def cluster_files(folder: Path) -> set[Path]:
     return found
 
 
+def descriptors() -> int:
+    """How many files, pipes and sockets this process has open."""
+    return psutil.Process().num_fds()
+
+
 class Leaks:
     """What exists now that did not when this object was made.
 
@@ -117,12 +123,14 @@ class Leaks:
 
     def __init__(self, folder: Path, files: bool = True):
         self._folder, self._files = folder, files
-        self._processes, self._ports = set(our_processes()), our_ports()
+        self._processes, self._ports, self._descriptors = set(our_processes()), our_ports(), descriptors()
 
     def now(self) -> list[str]:
         """One line for each process, port, file and job that was left behind."""
         left = [f"process {_describe(p)}" for pid, p in our_processes().items() if pid not in self._processes]
         left += [f"listening port {port}" for port in our_ports() - self._ports]
+        grown = descriptors() - self._descriptors
+        left += [f"{grown} descriptors"] if grown > DESCRIPTORS_MAX else []
         left += [f"job {job} of {name}" for name, queue in QUEUES.items() for job in queue.jobs()]
         if self._files:
             left += [f"file {path}" for path in cluster_files(self._folder)]

@@ -618,3 +618,8 @@ def test_import_is_cheap():
                             cwd=Path(config.__file__).parents[1]).stdout.decode().split()
     assert "ipclite.config" in loaded
     assert not {"asyncio", "argparse", "subprocess", "tempfile", "inspect", "multiprocessing"} & set(loaded)
+
+
+def test_a_connection_file_that_vanishes_while_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "read_json", lambda path: INFO)
+    assert config.read_connection(tmp_path / "c.json", "client", 1)["run_id"] == INFO["run_id"]
