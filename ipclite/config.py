@@ -319,6 +319,31 @@ def _show(settings: Settings) -> None:
         print(f"{name} = {row['value']!r}  ({row['from']})")
 
 
+def dispatch(program: str, purpose: str, roles: Dict[str, str], run: Callable[[str, List[str]], int], argv: List[str],
+             more: str = "") -> int:
+    """The command line of a program of several commands; returns the exit code.
+
+    Args:
+        roles: each command's role, as in `PROGRAMS`.
+        run: runs a command, given the words after its name.
+        more: the end of the help text.
+    """
+    command = argv[0] if argv else "--help"
+    if command == "--version":
+        print(version())
+        return 0
+    if command in ("-h", "--help", "--help-all"):
+        print(f"{purpose}\n\nusage: {program} <command> [flags]\n")
+        for name, role in roles.items():
+            print(f"  {name:<10} {PROGRAMS[role][1]}")
+        if more:
+            print(more)
+        return 0 if argv else EXIT_FAILURE
+    if command not in roles:
+        raise ConfigError(f"unknown command {command!r}; choose from {', '.join(roles)}. See --help")
+    return run(command, argv[1:])
+
+
 def run_main(program: str, main: Callable[[List[str]], Optional[int]], argv: Optional[List[str]] = None) -> int:
     """Run `main(argv)` and return the exit code of the process.
 

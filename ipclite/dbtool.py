@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 from . import config
 from .db import BUFFERS, DATES, KEYS, check_keys, compile_query
-from .errors import EXIT_FAILURE, ConfigError, NoCluster, NoRecord
+from .errors import ConfigError, NoCluster, NoRecord
 
 SHOWN = ["msg_id", "status", "engine_id", "label", "submitted", "completed", "ename"]
 AT_ONCE = 1000  # records
@@ -202,22 +202,16 @@ def _vacuum(settings: config.Settings) -> int:
 COMMANDS = {"stats": _stats, "query": _query, "export": _export, "vacuum": _vacuum}
 
 
-def _dispatch(argv: List[str]) -> int:
-    command = argv[0] if argv else "--help"
-    if command == "--version":
-        print(config.version())
-        return 0
-    if command in ("-h", "--help", "--help-all"):
-        print(f"Look at the records of tasks, of a live cluster or a stopped one.\n\nusage: {config.PROGRAM} db <command> [flags]\n")
-        for name in COMMANDS:
-            print(f"  {name:<10} {config.PROGRAMS['db ' + name][1]}")
-        return 0 if argv else EXIT_FAILURE
-    if command not in COMMANDS:
-        raise ConfigError(f"unknown command {command!r}; choose from {', '.join(COMMANDS)}. See --help")
+def _run(command: str, argv: List[str]) -> int:
     try:
-        return COMMANDS[command](config.parse(f"db {command}", argv[1:]))
+        return COMMANDS[command](config.parse(f"db {command}", argv))
     except NoRecord as e:
         raise NoCluster(f"{e}.") from None
+
+
+def _dispatch(argv: List[str]) -> int:
+    return config.dispatch(f"{config.PROGRAM} db", "Look at the records of tasks, of a live cluster or a stopped one.",
+                           {name: f"db {name}" for name in COMMANDS}, _run, argv)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

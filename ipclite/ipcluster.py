@@ -437,22 +437,8 @@ COMMANDS = {"start": _start, "engines": _engines, "stop": _stop, "list": _list, 
             "clean": _clean}
 
 
-def _dispatch(argv: List[str]) -> int:
-    command = argv[0] if argv else "--help"
-    if command == "--version":
-        print(config.version())
-        return 0
-    if command in ("-h", "--help", "--help-all"):
-        print("Start, stop and list clusters.\n\nusage: ipcluster <command> [flags]\n")
-        for name in COMMANDS:
-            print(f"  {name:<10} {config.PROGRAMS['cluster ' + name][1]}")
-        print("\nexit codes: 0 done, 1 failed, 2 wrong flag or setting, 10 runs already, 11 stopped already, "
-              "12 no such cluster")
-        print("\nipcluster <command> --help shows its flags.")
-        return 0 if argv else EXIT_FAILURE
-    if command not in COMMANDS:
-        raise ConfigError(f"unknown command {command!r}; choose from {', '.join(COMMANDS)}. See --help")
-    settings = config.parse(f"cluster {command}", argv[1:])
+def _run(command: str, argv: List[str]) -> int:
+    settings = config.parse(f"cluster {command}", argv)
     log = config.setup_logging("ipcluster", settings["Application.log_level"], settings.log_file)
     config.log_start(log, settings)
     if settings.get("Application.log_url"):
@@ -462,6 +448,12 @@ def _dispatch(argv: List[str]) -> int:
     if settings["Application.work_dir"]:
         config.enter_work_dir(settings["Application.work_dir"])
     return COMMANDS[command](settings)
+
+
+def _dispatch(argv: List[str]) -> int:
+    return config.dispatch("ipcluster", "Start, stop and list clusters.", {name: f"cluster {name}" for name in COMMANDS}, _run, argv,
+                           "\nexit codes: 0 done, 1 failed, 2 wrong flag or setting, 10 runs already, 11 stopped already, "
+                           "12 no such cluster\n\nipcluster <command> --help shows its flags.")
 
 
 def main(argv: Optional[List[str]] = None) -> int:

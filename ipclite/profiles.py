@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import List, Optional
 
 from . import config
-from .errors import EXIT_FAILURE, ConfigError
+from .errors import ConfigError
 
 
 def _create(settings: config.Settings) -> int:
@@ -52,18 +52,9 @@ COMMANDS = {"create": _create, "list": _list, "locate": _locate}
 
 
 def _dispatch(argv: List[str]) -> int:
-    command = argv[0] if argv else "--help"
-    if command == "--version":
-        print(config.version())
-        return 0
-    if command in ("-h", "--help", "--help-all"):
-        print(f"Make, list and find profiles.\n\nusage: {config.PROGRAM} profile <command> [flags]\n")
-        for name in COMMANDS:
-            print(f"  {name:<10} {config.PROGRAMS['profile ' + name][1]}")
-        return 0 if argv else EXIT_FAILURE
-    if command not in COMMANDS:
-        raise ConfigError(f"unknown command {command!r}; choose from {', '.join(COMMANDS)}. See --help")
-    return COMMANDS[command](config.parse(f"profile {command}", argv[1:]))
+    return config.dispatch(f"{config.PROGRAM} profile", "Make, list and find profiles.",
+                           {name: f"profile {name}" for name in COMMANDS},
+                           lambda command, rest: COMMANDS[command](config.parse(f"profile {command}", rest)), argv)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
