@@ -36,6 +36,7 @@ from .futures import Source, TaskFuture
 from .results import AsyncResult
 from .unsaved import Unsaved
 
+CONFIRM_EACH = 256  # RESULTS messages that are confirmed together, if no heartbeat comes before
 FUNCTIONS_KEPT = 256  # functions whose bytes the controller and the engines hold for us
 TICK_S = 1.0  # between two looks at the controller's silence
 FAR_SILENCE_S = 30.0  # that a controller on another host may keep at least
@@ -471,6 +472,8 @@ class Connection:
         if kind == wire.RESULTS:
             now = time.time()
             self._taken += 1
+            if self._taken - self._confirmed >= CONFIRM_EACH:  # the controller keeps them until then
+                self._confirm()
             pop = self._pending.pop
             for session, engine_id, records, section in wire.result_sections(frames):
                 source = Source(engine_id, now)
@@ -491,9 +494,7 @@ class Connection:
                     ar._write(i, name, text, engine_id)
         elif kind == wire.PING:
             if self._taken != self._confirmed:
-                self._confirmed = self._taken
-                with self._mutex:
-                    self._outbox.append((None, wire.encode_number(wire.PONG, self._taken)))
+                self._confirm()
         elif kind == wire.SAVED:
             self._unsaved.saved(wire.decode_number(frames))
         elif kind == wire.BYE:
@@ -503,6 +504,11 @@ class Connection:
             self.lose(ControllerLost(f"the controller refused us: {wire.decode_dict(frames).get('reason')}"))
         else:
             self._on_message(frames)
+
+    def _confirm(self) -> None:
+        self._confirmed = self._taken
+        with self._mutex:
+            self._outbox.append((None, wire.encode_number(wire.PONG, self._taken)))
 
     # --- results that others wait for, or that are asked for again
 
